@@ -1,0 +1,42 @@
+"""moesaic: make, train, run and study mixture-of-experts language models.
+
+Everything here is loaded on first use, so that ``import moesaic`` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "load": "moesaic.models.load",
+    "anatomy": "moesaic.models.anatomy",
+    "convert": "moesaic.construct.convert",
+    "split": "moesaic.construct.split",
+    "init": "moesaic.construct.scratch",
+    "train": "moesaic.train.loop",
+    "generate": "moesaic.generate",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+if TYPE_CHECKING:
+    from moesaic.construct.convert import convert
+    from moesaic.construct.scratch import init
+    from moesaic.construct.split import split
+    from moesaic.generate import generate
+    from moesaic.models.anatomy import anatomy
+    from moesaic.models.load import load
+    from moesaic.train.loop import train
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'moesaic' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
