@@ -1,0 +1,176 @@
+"""What every split is made of: the inputs it may look at, and the base class of a method.
+
+Notation: L layers, E experts (shared ones included), R shared experts, F neurons of a dense layer, D hidden size.
+"""
+
+import json
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesaic.construct.splits import SPLITS
+from moesaic.core.config import Config, parse
+from moesaic.core.errors import UserError
+
+__all__ = [
+    "LayerSplit",
+    "Projection",
+    "SplitInputs",
+    "SplitMethod",
+    "read_model_config",
+    "resolve_method",
+]
+
+Projection = Literal["up", "gate"]
+
+
+class LayerSplit(NamedTuple):
+    """The neurons of one layer: [expert] ids of the routed and of the shared experts."""
+
+    experts: list[NDArray[np.int64]]
+    shared: list[NDArray[np.int64]]
+
+
+@dataclass
+class SplitInputs:
+    """What a split may look at: the dense model's config and weights, the data, and the numbers asked for."""
+
+    model: Path
+    config: Mapping[str, Any]
+    experts: int
+    shared: int
+    data: Any
+    seed: int
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What the method wants kept beside the split (objective reached, tokens read); plain JSON values."""
+
+    @property
+    def layers(self) -> int:
+        """L."""
+        return int(self.config["num_hidden_layers"])
+
+    @property
+    def width(self) -> int:
+        """F."""
+        return int(self.config["intermediate_size"])
+
+    @property
+    def expert_width(self) -> int:
+        """F / E."""
+        return self.width // self.experts
+
+    @cached_property
+    def checkpoint(self) -> Any:
+        """The dense checkpoint, read tensor by tensor."""
+        from moesaic.models.checkpoint import Checkpoint
+
+        return Checkpoint(self.model)
+
+    def rows(self, layer: int, projection: Projection) -> NDArray[np.float32]:
+        """The rows of one projection of a layer, one per neuron: float32 [F, D]. UserError when one is NaN."""
+        name = f"model.layers.{layer}.mlp.{projection}_proj.weight"
+        rows: NDArray[np.float32] = self.checkpoint.read(name).float().numpy()
+        if not np.isfinite(rows.sum(dtype=np.float64)):
+            raise UserError(
+                f"{name} in {self.model} holds NaN or infinite values. Repair or replace the checkpoint."
+            )
+        return rows
+
+    def check_division(self) -> None:
+        """Raise UserError unless the numbers of experts make sense for this width."""
+        if self.experts < 1 or not 0 <= self.shared < self.experts:
+            raise UserError(
+                f"experts={self.experts} with shared={self.shared} was given. experts counts all experts, shared ones "
+                "included; give at least 1 expert and fewer shared than experts."
+            )
+        if self.width % self.experts:
+            near = [
+                e for e in range(1, self.width + 1) if self.width % e == 0 and e <= 4 * self.experts
+            ]
+            raise UserError(
+                f"experts={self.experts} does not divide the {self.width} neurons of a layer. "
+                f"Use a divisor, such as {', '.join(map(str, near[-4:]))}."
+            )
+
+
+class SplitMethod(Config):
+    """A way to divide neurons; its typed fields are its settings."""
+
+    makes_shared: ClassVar[bool] = False
+    """Whether the method can make shared experts."""
+    needs_data: ClassVar[bool] = False
+    """Whether the method reads text."""
+
+    @property
+    def key(self) -> str:
+        """The name the method is registered under."""
+        return type(self).__module__.rpartition(".")[2].replace("_", "-")
+
+    def check(self, inputs: SplitInputs) -> None:
+        """Raise UserError, with the cure, when the method cannot do what was asked."""
+        if inputs.shared and not self.makes_shared:
+            able = [name for name in SPLITS.names() if SPLITS.get(name).makes_shared]
+            raise UserError(
+                f"shared={inputs.shared} was asked of the split {self.key}, which makes no shared experts. "
+                f"Use shared=0 or one of: {', '.join(able)}."
+            )
+        if self.needs_data and inputs.data is None:
+            raise UserError(
+                f"The split {self.key} looks at text, but no data was given. "
+                "Give data: a .jsonl or .txt file, a folder, or the name of a dataset."
+            )
+
+    @abstractmethod
+    def divide(self, inputs: SplitInputs) -> Iterator[LayerSplit]:
+        """Yield the split of every layer in order."""
+
+
+def resolve_method(method: str | Mapping[str, Any] | SplitMethod) -> SplitMethod:
+    """The method object that a name, a mapping `{"method": name, field: value}` or an object stands for."""
+    if isinstance(method, SplitMethod):
+        return method
+    settings = {"method": method} if isinstance(method, str) else dict(method)
+    if "method" not in settings:
+        raise UserError(
+            f"Split settings with the keys {sorted(settings)} name no method. Add method: one of {', '.join(SPLITS.names())}."
+        )
+    name = str(settings.pop("method"))
+    chosen = parse(SPLITS.get(name), settings, source=f"split {name}")
+    assert isinstance(chosen, SplitMethod)
+    return chosen
+
+
+def read_model_config(model: Path) -> dict[str, Any]:
+    """The config.json of a dense LLaMA or Mistral; UserError when it is missing or of another kind."""
+    path = Path(model) / "config.json" if Path(model).is_dir() else Path(model)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(
+            f"There is no config.json in {model}. Give the directory of a Hugging Face model."
+        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        raise UserError(
+            f"{path} is not readable JSON ({error}). Give the directory of a Hugging Face model."
+        ) from error
+    kind = config.get("model_type")
+    if kind not in ("llama", "mistral"):
+        raise UserError(
+            f"{model} is a model of type {kind!r}; its layers cannot be split. Give a dense llama or mistral model."
+        )
+    missing = [
+        key
+        for key in ("num_hidden_layers", "intermediate_size", "hidden_size")
+        if key not in config
+    ]
+    if missing:
+        raise UserError(
+            f"{path} lacks {', '.join(missing)}. Give the complete config.json of the model."
+        )
+    return dict(config)
