@@ -1,1 +1,1 @@
-"""Expert construction: from a dense model to experts, routers and a mixture-of-experts checkpoint."""
+"""Expert construction: dense models to experts, routers and mixture-of-experts checkpoints."""

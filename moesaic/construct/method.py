@@ -1,6 +1,7 @@
 """What every split is made of: the inputs it may look at, and the base class of a method.
 
-Notation: L layers, E experts (shared ones included), R shared experts, F neurons of a dense layer, D hidden size.
+Notation: L layers, E experts (shared ones included), R shared experts, F neurons of a dense layer,
+D hidden size.
 """
 
 import json
@@ -39,7 +40,9 @@ class LayerSplit(NamedTuple):
 
 @dataclass
 class SplitInputs:
-    """What a split may look at: the dense model's config and weights, the data, and the numbers asked for."""
+    """What a split may look at: the dense model's config and weights, the data, and the numbers
+    asked for.
+    """
 
     model: Path
     config: Mapping[str, Any]
@@ -48,7 +51,9 @@ class SplitInputs:
     data: Any
     seed: int
     facts: dict[str, Any] = field(default_factory=dict)
-    """What the method wants kept beside the split (objective reached, tokens read); plain JSON values."""
+    """What the method wants kept beside the split (objective reached, tokens read); plain JSON
+    values.
+    """
 
     @property
     def layers(self) -> int:
@@ -73,12 +78,15 @@ class SplitInputs:
         return Checkpoint(self.model)
 
     def rows(self, layer: int, projection: Projection) -> NDArray[np.float32]:
-        """The rows of one projection of a layer, one per neuron: float32 [F, D]. UserError when one is NaN."""
+        """The rows of one projection of a layer, one per neuron: float32 [F, D]. UserError when one
+        is NaN.
+        """
         name = f"model.layers.{layer}.mlp.{projection}_proj.weight"
         rows: NDArray[np.float32] = self.checkpoint.read(name).float().numpy()
         if not np.isfinite(rows.sum(dtype=np.float64)):
             raise UserError(
-                f"{name} in {self.model} holds NaN or infinite values. Repair or replace the checkpoint."
+                f"{name} in {self.model} holds NaN or infinite values. Repair or replace the "
+                "checkpoint."
             )
         return rows
 
@@ -86,7 +94,8 @@ class SplitInputs:
         """Raise UserError unless the numbers of experts make sense for this width."""
         if self.experts < 1 or not 0 <= self.shared < self.experts:
             raise UserError(
-                f"experts={self.experts} with shared={self.shared} was given. experts counts all experts, shared ones "
+                f"experts={self.experts} with shared={self.shared} was given. experts counts "
+                "all experts, shared ones "
                 "included; give at least 1 expert and fewer shared than experts."
             )
         if self.width % self.experts:
@@ -117,7 +126,8 @@ class SplitMethod(Config):
         if inputs.shared and not self.makes_shared:
             able = [name for name in SPLITS.names() if SPLITS.get(name).makes_shared]
             raise UserError(
-                f"shared={inputs.shared} was asked of the split {self.key}, which makes no shared experts. "
+                f"shared={inputs.shared} was asked of the split {self.key}, which makes no "
+                "shared experts. "
                 f"Use shared=0 or one of: {', '.join(able)}."
             )
         if self.needs_data and inputs.data is None:
@@ -132,13 +142,16 @@ class SplitMethod(Config):
 
 
 def resolve_method(method: str | Mapping[str, Any] | SplitMethod) -> SplitMethod:
-    """The method object that a name, a mapping `{"method": name, field: value}` or an object stands for."""
+    """The method object that a name, a mapping `{"method": name, field: value}` or an object stands
+    for.
+    """
     if isinstance(method, SplitMethod):
         return method
     settings = {"method": method} if isinstance(method, str) else dict(method)
     if "method" not in settings:
         raise UserError(
-            f"Split settings with the keys {sorted(settings)} name no method. Add method: one of {', '.join(SPLITS.names())}."
+            f"Split settings with the keys {sorted(settings)} name no method. Add method: one "
+            f"of {', '.join(SPLITS.names())}."
         )
     name = str(settings.pop("method"))
     chosen = parse(SPLITS.get(name), settings, source=f"split {name}")
@@ -162,7 +175,8 @@ def read_model_config(model: Path) -> dict[str, Any]:
     kind = config.get("model_type")
     if kind not in ("llama", "mistral"):
         raise UserError(
-            f"{model} is a model of type {kind!r}; its layers cannot be split. Give a dense llama or mistral model."
+            f"{model} is a model of type {kind!r}; its layers cannot be split. Give a dense "
+            "llama or mistral model."
         )
     missing = [
         key

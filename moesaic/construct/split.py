@@ -1,7 +1,8 @@
-"""NeuronSplit: which neurons of each dense feed-forward layer go to which expert, and how to make one.
+"""NeuronSplit: which neurons of each dense layer go to which expert, and how to make one.
 
-Notation: L layers, E experts (shared ones included), R shared experts, F neurons of a dense layer, I neurons
-of one expert. Neuron j of a layer is row j of its gate and up projection and column j of its down projection.
+Notation: L layers, E experts (shared ones included), R shared experts, F neurons of a dense layer,
+I neurons of one expert. Neuron j of a layer is row j of its gate and up projection and column j of
+its down projection.
 """
 
 import json
@@ -31,17 +32,20 @@ FORMAT = "moesaic.neuron_split/1"
 class NeuronSplit:
     """A division of the neurons of every layer among routed experts and shared experts.
 
-    Experts may differ in width, may have neurons in common, and need not hold every neuron; `exact` and
+    Experts may differ in width, may have neurons in common, and need not hold every neuron; `exact`
+    and
     `coverage` say which. The order inside an expert is the order its weights are stored in.
 
-    Raises UserError when layers differ in their number of experts, an expert is empty, holds a neuron twice
-    or names a neuron outside 0..width-1.
+    Raises UserError when layers differ in their number of experts, an expert is empty, holds a
+    neuron twice or names a neuron outside 0..width-1.
     """
 
     experts: list[list[NDArray[np.int64]]]
     """[layer][routed expert] neuron ids."""
     shared: list[list[NDArray[np.int64]]]
-    """[layer][shared expert] ids of neurons that are always on; an empty list per layer when there are none."""
+    """[layer][shared expert] ids of neurons that are always on; an empty list per layer when there
+    are none.
+    """
     width: int
     """F, the number of neurons of a dense layer."""
     meta: dict[str, Any] = field(default_factory=dict)
@@ -57,14 +61,16 @@ class NeuronSplit:
             )
         if len(self.shared) != len(self.experts):
             raise UserError(
-                f"The split has {len(self.experts)} layers of experts but {len(self.shared)} of shared experts. "
+                f"The split has {len(self.experts)} layers of experts but {len(self.shared)} of "
+                "shared experts. "
                 "Give one list per layer in both; an empty list means no shared expert."
             )
         for name, groups in (("experts", self.experts), ("shared experts", self.shared)):
             counts = {len(layer) for layer in groups}
             if len(counts) > 1:
                 raise UserError(
-                    f"Layers with {sorted(counts)} {name} were given, but every layer needs the same number. "
+                    f"Layers with {sorted(counts)} {name} were given, but every layer needs the "
+                    "same number. "
                     "Make the split again with one number of experts."
                 )
         if not self.experts[0]:
@@ -119,7 +125,8 @@ class NeuronSplit:
         """
         if not bool((self.copies(layer) == 1).all()):
             raise UserError(
-                f"Layer {layer} of this split repeats or drops neurons, so a neuron has no single expert id. "
+                f"Layer {layer} of this split repeats or drops neurons, so a neuron has no "
+                "single expert id. "
                 "Use `experts` and `shared`, which list the neurons of each expert."
             )
         labels = np.empty(self.width, np.int64)
@@ -128,7 +135,9 @@ class NeuronSplit:
         return labels
 
     def save(self, path: Path) -> Path:
-        """Write the split as one safetensors file: `layers.{i}.experts.{e}` and `layers.{i}.shared.{r}`, int32."""
+        """Write the split as one safetensors file: `layers.{i}.experts.{e}` and
+        `layers.{i}.shared.{r}`, int32.
+        """
         tensors = {}
         for index in range(self.layers):
             for name, groups in (("experts", self.experts[index]), ("shared", self.shared[index])):
@@ -156,14 +165,16 @@ class NeuronSplit:
             path = path / FILE_NAME
         if not path.is_file():
             raise UserError(
-                f"There is no split at {path}. Make one with `moesaic split MODEL -o DIR --method random --experts 8`."
+                f"There is no split at {path}. Make one with `moesaic split MODEL -o DIR "
+                "--method random --experts 8`."
             )
         try:
             with safe_open(path, framework="numpy") as file:
                 header = file.metadata() or {}
                 if header.get("format") != FORMAT:
                     raise UserError(
-                        f"{path} is a safetensors file of format {header.get('format', 'unknown')!r}, not {FORMAT!r}. "
+                        f"{path} is a safetensors file of format "
+                        f"{header.get('format', 'unknown')!r}, not {FORMAT!r}. "
                         "Give the split.safetensors that `moesaic split` wrote."
                     )
                 counts = {
@@ -184,7 +195,8 @@ class NeuronSplit:
             if isinstance(error, UserError):
                 raise
             raise UserError(
-                f"{path} cannot be read as a split ({error}); it may be truncated. Make it again with `moesaic split`."
+                f"{path} cannot be read as a split ({error}); it may be truncated. Make it "
+                "again with `moesaic split`."
             ) from error
         return cls(layers["experts"], layers["shared"], width, meta)
 
@@ -196,7 +208,9 @@ class NeuronSplit:
         experts: int,
         meta: Mapping[str, Any] | None = None,
     ) -> "NeuronSplit":
-        """Make a split from one expert id per neuron, [L][F] in 0..experts-1; ids ascend inside an expert."""
+        """Make a split from one expert id per neuron, [L][F] in 0..experts-1; ids ascend inside an
+        expert.
+        """
         layers = [
             [np.flatnonzero(np.asarray(row) == expert) for expert in range(experts)]
             for row in labels
@@ -245,11 +259,12 @@ def split(
 
     `model` is a Hugging Face directory; `random` needs only its config.json. `method` is a name of
     `moesaic list split`, a mapping `{"method": name, field: value}`, or a method object such as
-    `Cluster(metric="cos")`. `experts` counts all experts, `shared` of them always on. `data` is a file, folder,
-    mapping or dataset name; the methods that look at activations or gradients need it.
+    `Cluster(metric="cos")`. `experts` counts all experts, `shared` of them always on. `data` is a
+    file, folder, mapping or dataset name; the methods that look at activations or gradients need
+    it.
 
-    Raises UserError when the width does not divide by `experts`, the method cannot do what was asked
-    (shared experts, missing data), or the model is not a dense LLaMA.
+    Raises UserError when the width does not divide by `experts`, the method cannot do what was
+    asked (shared experts, missing data), or the model is not a dense LLaMA.
     """
     chosen = resolve_method(method)
     inputs = SplitInputs(Path(model), read_model_config(Path(model)), experts, shared, data, seed)
@@ -272,7 +287,8 @@ def split(
     if not made.exact:
         held = made.coverage()
         note(
-            f"split {chosen.key}: neurons repeat or vanish; the experts hold {min(held):.1%} to {max(held):.1%} "
+            f"split {chosen.key}: neurons repeat or vanish; the experts hold {min(held):.1%} to "
+            f"{max(held):.1%} "
             "of a layer's neurons, so all experts together are not the dense model"
         )
     return made
@@ -289,7 +305,9 @@ def make_split(
     seed: int = 0,
     overwrite: bool = False,
 ) -> Path:
-    """Make a split and write its directory: split.safetensors, split.json (the resolved settings), moesaic.json."""
+    """Make a split and write its directory: split.safetensors, split.json (the resolved settings),
+    moesaic.json.
+    """
     out = Path(out)
     with output_directory(out, overwrite=overwrite) as partial:
         made = split(model, method=method, experts=experts, shared=shared, data=data, seed=seed)

@@ -1,7 +1,8 @@
-"""The splits: named ways to divide the neurons of a feed-forward layer among experts, one file each.
+"""The splits: named ways to divide the neurons of a layer among experts, one file each.
 
-A split is a `SplitMethod` (see `moesaic.construct.method`) decorated with `@SPLITS.register`; its key is
-its file's name with dashes. This package imports no torch, so that listing the splits stays quick.
+A split is a `SplitMethod` (see `moesaic.construct.method`) decorated with `@SPLITS.register`; its
+key is its file's name with dashes. This package imports no torch, so that listing the splits stays
+quick.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The random split: every neuron to one expert by a seeded shuffle. Needs only the model's config."""
+"""The random split: neurons dealt by a seeded shuffle. Needs only the model's config."""
 
 from collections.abc import Iterator
 from random import Random as PythonRandom
@@ -14,9 +14,10 @@ from moesaic.construct.splits import SPLITS
 class Random(SplitMethod):
     """Neurons shuffled and dealt to the experts; every neuron once.
 
-    Layers draw from one stream in order, with Python's own generator, so that a seed gives the labels that
-    LLaMA-MoE's Independent-Random gives after `random.seed(seed)` (arXiv 2406.16554, section 3.1).
-    Neurons ascend inside an expert. With R shared experts, the first R parts are the shared ones.
+    Layers draw from one stream in order, with Python's own generator, so that a seed gives the
+    labels that LLaMA-MoE's Independent-Random gives after `random.seed(seed)` (arXiv 2406.16554,
+    section 3.1). Neurons ascend inside an expert. With R shared experts, the first R parts are the
+    shared ones.
     """
 
     makes_shared: ClassVar[bool] = True
