@@ -20,7 +20,16 @@ _PUBLIC = {
     "generate": "moesaic.generate",
 }
 
-__all__ = ["__version__", *_PUBLIC]
+__all__ = [
+    "__version__",
+    "anatomy",
+    "convert",
+    "generate",
+    "init",
+    "load",
+    "split",
+    "train",
+]
 
 if TYPE_CHECKING:
     from moesaic.construct.convert import convert

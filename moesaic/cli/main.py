@@ -1,8 +1,9 @@
 """Assemble the commands found in `commands/` and run them with the project's exit codes.
 
-A command file holds either a function ``command`` (its docstring is the help, ending with a runnable
-example) or a ``typer.Typer`` called ``app`` (a group), and ``PANEL``, the heading it is listed under.
-The command's name is the file's. Exit codes: 0 success, 2 what the user gave is wrong, 1 anything else.
+A command file holds either a function ``command`` (its docstring is the help, ending with a
+runnable example) or a ``typer.Typer`` called ``app`` (a group), and ``PANEL``, the heading it is
+listed under. The command's name is the file's. Exit codes: 0 success, 2 what the user gave is
+wrong, 1 anything else.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def _root(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command line and return its exit code; the console script calls `sys.exit` with it."""
+    """Run one command line and return its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments or bool(os.environ.get("MOESAIC_DEBUG"))
     arguments = [argument for argument in arguments if argument != "--debug"]
@@ -90,7 +91,7 @@ def _describe(error: Exception) -> str:
     if isinstance(error, MoesaicError):
         return " ".join(str(error).split("\n"))
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"no space left on the device{_file(error)}. Free some space; the partial output was removed."
+        return f"no space left{_file(error)}. Free some space; the partial output was removed."
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return f"out of memory: {str(error).partition(chr(10))[0]}"
     detail = " ".join(str(error).split())

@@ -14,7 +14,9 @@ OutOption = Annotated[Path, typer.Option("--out", "-o", help="The output directo
 SeedOption = Annotated[int, typer.Option(help="Seed of everything random.")]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a YAML key: --set section.key=value."),
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Override a YAML key: --set section.key=value."
+    ),
 ]
 
 

@@ -1,1 +1,1 @@
-"""What every room stands on: errors, config, registry, files, lineage, console. Imports no torch."""
+"""What every room stands on; imports no torch."""

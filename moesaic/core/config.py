@@ -19,7 +19,7 @@ C = TypeVar("C", bound="Config")
 
 
 class Config(BaseModel):
-    """Base of every configuration object: frozen, no unknown keys, docstrings become descriptions."""
+    """Base of every configuration: frozen, no unknown keys, docstrings become descriptions."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True
@@ -27,7 +27,7 @@ class Config(BaseModel):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 floats and booleans: ``1e-5`` is a float, and ``on``, ``yes``, ``no`` are strings."""
+    """YAML 1.2 floats and booleans: ``1e-5`` is a float; ``on`` and ``no`` are strings."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - overrides PyYAML's class attribute, same form
         first: [(tag, rule) for tag, rule in rules if not tag.endswith((":bool", ":float"))]
@@ -49,16 +49,16 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _no_duplicates(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+def _no_duplicates(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
     for index, key in enumerate(keys):
         if key in keys[:index]:
             line = node.value[index][0].start_mark.line + 1
             raise UserError(f"line {line}: key '{key}' is given twice. Keep one.")
-    return yaml.SafeLoader.construct_mapping(loader, node, deep=deep)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
 
 
-_Loader.add_constructor("tag:yaml.org,2002:map", lambda loader, node: _no_duplicates(loader, node, True))
+_Loader.add_constructor("tag:yaml.org,2002:map", _no_duplicates)
 
 
 def parse_yaml(text: str, *, source: str) -> Any:
@@ -88,7 +88,9 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
     if data is None:
         return {}
     if not isinstance(data, dict):
-        raise UserError(f"{path}: holds a {type(data).__name__}, not a mapping of keys. Write key: value lines.")
+        raise UserError(
+            f"{path}: holds a {type(data).__name__}, not a mapping. Write key: value lines."
+        )
     return data
 
 
@@ -112,7 +114,7 @@ def override(data: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, A
 
 
 def parse(cls: type[C], data: Mapping[str, Any], *, source: str) -> C:
-    """Validate `data` as a `cls`. Raises UserError: one line, the key's path, the nearest known key."""
+    """Validate `data` as a `cls`. Raises UserError: one line with the key and the nearest one."""
     try:
         return cls.model_validate(dict(data))
     except ValidationError as error:
@@ -149,11 +151,12 @@ def _explain(cls: type[BaseModel], error: ValidationError) -> str:
             message = str(first["ctx"]["error"]) if "ctx" in first else first["msg"]
             return f"{name + ': ' if name else ''}{message}{more}"
         case _:
-            return f"'{name}' is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}.{more}"
+            reason = first["msg"][0].lower() + first["msg"][1:]
+            return f"'{name}' is {first['input']!r}: {reason}.{more}"
 
 
 def _model_at(cls: type[BaseModel], loc: Sequence[int | str]) -> type[BaseModel] | None:
-    """Return the model class that a pydantic error location points into, where it is unambiguous."""
+    """Return the model class that a pydantic error location points into, if there is just one."""
     current: type[BaseModel] = cls
     for part in loc:
         if not isinstance(part, str) or part not in current.model_fields:

@@ -1,4 +1,4 @@
-"""How library code speaks: notes and progress go to the current reporter; nothing is ever printed here.
+"""How library code speaks: notes and progress go to the current reporter; nothing is printed.
 
 The default reporter logs notes and shows no progress. The CLI installs one that draws with rich on
 standard error. Libraries that embed moesaic may install their own with `reporting`.
@@ -72,7 +72,7 @@ def note(text: str) -> None:
 
 
 def progress(what: str, total: float | None = None) -> AbstractContextManager[Bar]:
-    """Report progress of `what`: ``with progress("training", total=n) as bar: bar.advance(1, loss=2.1)``."""
+    """Show that `what` is under way; the block calls ``bar.advance(1, loss=2.1)``."""
     return _reporter.get().progress(what, total)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 
 class MoesaicError(Exception):
-    """Something failed that the user did not cause (no space left, a killed worker). Exit code 1."""
+    """Something failed that the user did not cause (no space, a killed worker). Exit code 1."""
 
     exit_code = 1
 
@@ -30,8 +30,9 @@ def nearest(name: str, options: Iterable[str]) -> str:
 
 
 def unknown(kind: str, name: str, options: Iterable[str]) -> UserError:
-    """Build the error for a name that is not among `options`, with the nearest and the full list."""
+    """Build the error for a name that is not among `options`: the nearest, and all of them."""
     available = sorted(options)
     return UserError(
-        f"Unknown {kind} '{name}'.{nearest(name, available)} Available: {', '.join(available) or 'none'}."
+        f"Unknown {kind} '{name}'.{nearest(name, available)}"
+        f" Available: {', '.join(available) or 'none'}."
     )

@@ -1,7 +1,7 @@
 """Outputs appear whole or not at all: write beside the final name, then rename.
 
-A directory under construction is called ``.NAME.partial-PID``; those left by a process that was killed
-are removed by the next run that writes to the same name.
+A directory under construction is called ``.NAME.partial-PID``; those left by a process that was
+killed are removed by the next run that writes to the same name.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def check_output(path: Path | str, *, overwrite: bool = False) -> Path:
 
 @contextlib.contextmanager
 def output_directory(path: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a partial directory that becomes `path` when the block succeeds and vanishes when it fails.
+    """Yield a partial directory: it becomes `path` on success and vanishes on failure.
 
     Raises:
         UserError: `path` is a file, or exists and is not empty while `overwrite` is False.

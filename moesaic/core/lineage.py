@@ -1,4 +1,4 @@
-"""``moesaic.json``: where a directory comes from (parent, step, resolved config, versions, seed, time)."""
+"""``moesaic.json``: where a directory comes from (parent, step, config, versions, seed, time)."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def write_lineage(
 ) -> None:
     """Write ``moesaic.json`` beside an output.
 
-    `step` is the command that made it, `parent` the directory or hub id it was made from, `config` the
-    resolved options; `facts` are figures that the step measured, such as ``exact`` and its difference.
+    `step` is the command that made it, `parent` the directory or hub id it was made from, `config`
+    the resolved options; `facts` are figures that the step measured, such as ``exact``.
     The parent's own lineage, where it has one, is kept under ``parent_lineage``.
     """
     record: dict[str, Any] = {

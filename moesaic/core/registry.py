@@ -1,9 +1,9 @@
 """Named, registered choices: splits, routers, balancing rules, metrics.
 
-A room keeps each choice in a file of its own; the file's name (``sharing_inter.py``) is the choice's
-key (``sharing-inter``). Names are discovered by reading file names; a file is imported when its choice
-is used or described. Other packages plug in through the entry-point group ``moesaic.plugins``: each
-entry point names a module that registers its choices when imported.
+A room keeps each choice in a file of its own; the file's name (``sharing_inter.py``) is the
+choice's key (``sharing-inter``). Names are discovered by reading file names; a file is imported
+when its choice is used or described. Other packages plug in through the entry-point group
+``moesaic.plugins``: each entry point names a module that registers its choices when imported.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Registry(Generic[T]):
         self._plugins_loaded = False
 
     def register(self, entry: T) -> T:
-        """Register a class or function under its file's name. Raises MoesaicError on a collision."""
+        """Register a class or function under its file's name; MoesaicError on a collision."""
         name = str(getattr(entry, "__module__", "")).rpartition(".")[2].replace("_", "-")
         known = self._entries.get(name)
         if known is not None and _origin(known) != _origin(entry):
@@ -57,7 +57,8 @@ class Registry(Generic[T]):
                 if error.name is None or error.name.startswith("moesaic"):
                     raise
                 raise UserError(
-                    f"The {self.kind} '{name}' needs the package '{error.name}'. pip install {error.name}"
+                    f"The {self.kind} '{name}' needs the package '{error.name}': "
+                    f"pip install {error.name}"
                 ) from error
         if name not in self._entries:
             self._load_plugins()

@@ -1,0 +1,42 @@
+# make demo     set up, then the whole way from a dense LLaMA to a trained mixture of experts
+# make test     set up, then lint, types and the CPU test suite
+# make install  .venv with the pinned dependencies and this package, editable
+#               TORCH_INDEX=URL takes torch from another package index (see the README)
+#               PYTHON=python3.12 picks the interpreter
+
+.PHONY: demo test install lint docs
+.DEFAULT_GOAL := install
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null \
+	&& { echo $$p; break; }; done)
+BIN := .venv/bin
+STAMP := .venv/.installed
+OUT ?= runs/demo
+
+demo: install
+	@$(BIN)/moesaic demo -o $(OUT)
+
+test: install lint
+	@OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+lint: install
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check -q .
+	@$(BIN)/mypy
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "moesaic needs Python 3.11 to 3.13: apt install python3"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { \
+		echo "$(PYTHON) cannot make virtual environments: apt install python3-venv"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "Installing into .venv (a few minutes the first time)"
+ifdef TORCH_INDEX
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt \
+		--index-url $(TORCH_INDEX) torch
+endif
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[cpu,test]'
+	@touch $(STAMP)
