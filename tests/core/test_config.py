@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-
 from pydantic import Field
 
 from moesaic.core import config as cfg
