@@ -1,0 +1,231 @@
+"""Everything a training run can be told, as typed YAML. A key that is not here is an error.
+
+A *sequence* is one packed block of `data.block_size` tokens; a *step* is one optimizer update over
+`batch.sequences` sequences, computed `batch.micro` at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from moesaic.core.config import Config
+
+DataSource = str | dict[str, Any]
+
+
+class DynamicConfig(Config):
+    """Change the domain weights after each evaluation, from losses against a reference model."""
+
+    rule: Literal["sheared", "sheared-paper"] = "sheared"
+    """`sheared`: smoothed exponentiated excess; `sheared-paper`: only positive excess counts."""
+    reference: Literal["llama2-7b"] | dict[str, float]
+    """Held-out loss of the reference model per domain (nats a token); `llama2-7b` is LLaMA-MoE's table."""
+    rate: float = Field(1.0, gt=0)
+    """Step size of the rule `sheared`."""
+    smoothing: float = Field(1e-4, ge=0, lt=1)
+    """Share that the rule `sheared` spreads evenly, so that no domain vanishes."""
+
+
+class DataConfig(Config):
+    """What to train on, and in which proportions."""
+
+    train: DataSource
+    """A file, a folder, a dataset name, or a mapping of domain to source."""
+    valid: DataSource | None = None
+    """Held-out text in the same forms; None: no evaluation."""
+    weights: Literal["llama", "sheared", "uniform", "size"] | dict[str, float] = "uniform"
+    """Share of the blocks drawn from each domain; `size`: in proportion to the domain's tokens."""
+    dynamic: DynamicConfig | None = None
+    """Adapt the weights after each evaluation; None: they stay."""
+    block_size: int = Field(512, ge=2)
+    """Tokens in a sequence."""
+    max_epochs: float | None = Field(None, gt=0)
+    """Stop with an error before a domain is repeated more often than this; None: repeat without end."""
+    cache: Path | None = None
+    """Folder for tokenised text; None: `cache` inside the output directory."""
+
+
+class BatchConfig(Config):
+    """How many sequences make one optimizer update."""
+
+    sequences: int = Field(32, ge=1)
+    """Sequences in an update."""
+    micro: int | None = Field(None, ge=1)
+    """Sequences in one forward pass (divides `sequences`); None: all of them. The result is the same."""
+
+    @model_validator(mode="after")
+    def _divides(self) -> BatchConfig:
+        if self.micro is not None and self.sequences % self.micro:
+            raise ValueError(
+                f"batch.micro={self.micro} does not divide batch.sequences={self.sequences}. "
+                "Choose a divisor."
+            )
+        return self
+
+    @property
+    def size(self) -> int:
+        """Sequences in one forward pass."""
+        return self.micro or self.sequences
+
+    @property
+    def accumulation(self) -> int:
+        """Forward passes in an update."""
+        return self.sequences // self.size
+
+
+class OptimizerConfig(Config):
+    """AdamW; weight decay leaves out biases and norm weights."""
+
+    lr: float = Field(3e-4, gt=0)
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the two moments."""
+    eps: float = Field(1e-8, gt=0)
+    """Added to the root of the second moment."""
+    weight_decay: float = Field(0.1, ge=0)
+    """Decoupled weight decay, per unit of learning rate."""
+    clip: float | None = Field(1.0, gt=0)
+    """Largest norm of the whole gradient; None: no clipping."""
+    router_lr: float = Field(1.0, gt=0)
+    """Factor on the learning rate of the routers' weights."""
+
+
+class ScheduleConfig(Config):
+    """Linear warm-up, then a cosine that is cut off at a floor."""
+
+    warmup: int = Field(100, ge=0)
+    """Updates of linear warm-up from 0."""
+    floor: float = Field(0.1, ge=0, le=1)
+    """Lowest share of the peak rate after warm-up."""
+
+
+class BalanceConfig(Config):
+    """The loss that keeps expert load even. Averaged over an update's forward passes, never summed."""
+
+    coefficient: float | None = Field(None, ge=0)
+    """Weight of the balance loss; None: the model's own."""
+
+
+class LogConfig(Config):
+    """What is reported while training."""
+
+    every: int = Field(10, ge=1)
+    """Updates between two lines of log.jsonl."""
+    tensorboard: bool = False
+    """Also write TensorBoard events into OUT/tensorboard (needs the extra `track`)."""
+    peak_tflops: float | None = Field(None, gt=0)
+    """Peak TFLOP/s of the device for MFU; None: from a table of GPUs, n/a on a CPU."""
+
+
+class EvaluateConfig(Config):
+    """Held-out loss per domain while training."""
+
+    every: int | None = Field(None, ge=1)
+    """Updates between evaluations; None: only before the first and after the last update."""
+    context: int | None = Field(None, ge=2)
+    """Tokens of a document that are scored; None: `data.block_size`."""
+    batch: int = Field(16, ge=1)
+    """Documents in one forward pass."""
+    documents: int | None = Field(None, ge=1)
+    """Score only the first so many documents of each domain; None: all."""
+    at_start: bool = True
+    """Evaluate before the first update."""
+
+
+class CheckpointConfig(Config):
+    """States from which the same command goes on, bit for bit."""
+
+    every: int | None = Field(None, ge=1)
+    """Updates between two saved states; None: only the last."""
+    keep_last: int = Field(1, ge=0)
+    """Saved states kept; older ones are deleted. 0: also delete the last one once the model is written."""
+
+
+class TrainConfig(Config):
+    """A training run. Relative paths are taken from the current directory."""
+
+    model: str | None = None
+    """A model directory; `--model` wins over it."""
+    tokenizer: str | None = None
+    """Tokenizer directory; None: the model's own."""
+    data: DataConfig
+    """What to train on."""
+    tokens: int | None = Field(None, ge=1)
+    """Length of the run in tokens, rounded down to whole updates. Give this or `steps`."""
+    steps: int | None = Field(None, ge=1)
+    """Length of the run in updates. Give this or `tokens`."""
+    batch: BatchConfig = BatchConfig()
+    """How many sequences make one update."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """AdamW."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """The learning rate over time."""
+    balance: BalanceConfig = BalanceConfig()
+    """The balance loss."""
+    precision: Literal["auto", "fp32", "mixed", "bf16"] = "auto"
+    """fp32; `mixed`: fp32 weights, bf16 autocast; `bf16`: bf16 weights, fp32 master copies in the
+    optimizer. `auto`: `mixed` on a GPU (on small models the casts cost less than a second copy of the
+    weights), fp32 on a CPU."""
+    device: str = "auto"
+    """`auto`: the first GPU if there is one, else the CPU."""
+    compile: bool = False
+    """Run the model and its loss through torch.compile."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """Attention implementation."""
+    experts: str | None = None
+    """Experts implementation (`moesaic`, `grouped_mm`, `eager`); None: the model's default."""
+    seed: int = Field(0, ge=0)
+    """Seed of the data order, of routing noise and of dropout."""
+    log: LogConfig = LogConfig()
+    """What is reported."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """Held-out loss while training."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """States to resume from."""
+    save_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Type of the weights in the final model; None: that of the model given."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        if (self.tokens is None) == (self.steps is None):
+            raise ValueError("give exactly one of 'tokens' and 'steps'.")
+        if self.tokens is not None and self.tokens < self.tokens_per_step:
+            raise ValueError(
+                f"tokens={self.tokens} is less than one update of {self.tokens_per_step} "
+                "(batch.sequences x data.block_size). Raise tokens or lower the batch."
+            )
+        if self.data.dynamic is not None and (
+            self.data.valid is None or self.evaluate.every is None
+        ):
+            raise ValueError("data.dynamic needs data.valid and evaluate.every. Set both.")
+        return self
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens read by one update."""
+        return self.batch.sequences * self.data.block_size
+
+    @property
+    def total_steps(self) -> int:
+        """Updates in the whole run."""
+        return self.steps or (self.tokens or 0) // self.tokens_per_step
+
+    def trajectory(self) -> Mapping[str, Any]:
+        """Return the part of the config that decides the losses: a resumed run must not change it."""
+        return self.model_dump(
+            mode="json",
+            exclude={
+                "model": True,
+                "tokenizer": True,
+                "log": True,
+                "checkpoint": True,
+                "save_dtype": True,
+                "data": {"cache"},
+            },
+        )
