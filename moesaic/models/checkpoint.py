@@ -1,8 +1,8 @@
 """Hugging Face model directories, tensor by tensor: read without loading, write without collecting.
 
-`Checkpoint` opens a directory (safetensors or old .bin, one file or sharded) and hands out one tensor at a time, mapped from
-the file, so that a 60 GB model can be looked at on a laptop. `CheckpointWriter` is told all names, types and shapes first,
-writes the headers, and then takes the tensors in any order: no tensor is kept.
+`Checkpoint` opens a directory (safetensors or old .bin, one file or sharded) and hands out one
+tensor at a time, mapped from the file, so that a 60 GB model can be looked at on a laptop.
+`CheckpointWriter` (in `writer`) is its counterpart.
 """
 
 from __future__ import annotations
@@ -15,38 +15,22 @@ import pickle
 import shutil
 import struct
 import sys
-import threading
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 
-from moesaic.core.errors import MoesaicError, UserError
+from moesaic.core.errors import UserError
+from moesaic.models.writer import DTYPES, CheckpointWriter
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+__all__ = ["Checkpoint", "CheckpointWriter", "copy_companions"]
+
 _PAGE = mmap.ALLOCATIONGRANULARITY
-# Without it Linux refuses a private mapping larger than RAM; Python 3.11 and 3.12 do not name the flag.
+# Without it Linux refuses a private mapping larger than RAM; Python before 3.13 does not name it.
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 _MAX_HEADER = 100_000_000
-# Weights and what describes them; everything else beside them (tokenizer, generation config, card) may be copied.
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".index.json", ".h5", ".msgpack", ".gguf", ".onnx")
 _COMPANIONS = (
     "generation_config.json",
     "added_tokens.json",
@@ -70,29 +54,36 @@ class Checkpoint:
         parameters: number of weights; a tied output matrix counts once, rotary tables do not count.
 
     Raises:
-        UserError: the directory, `config.json` or a shard is missing; a file is truncated or no checkpoint (its path is
-            named); a .bin holds anything but tensors (it is read with ``weights_only=True``).
+        UserError: the directory, `config.json` or a shard is missing; a file is truncated or no
+            checkpoint (its path is named); a .bin holds anything but tensors (it is read with
+            ``weights_only=True``).
     """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path).expanduser().absolute()
         if not self.path.exists():
-            raise UserError(f"{path} does not exist. Give the directory of a Hugging Face checkpoint.")
+            raise UserError(
+                f"{path} does not exist. Give the directory of a Hugging Face checkpoint."
+            )
         if not self.path.is_dir():
-            raise UserError(f"{path} is a file. Give the directory that holds config.json and the weights.")
-        self.config: dict[str, Any] = _read_json(self.path / "config.json", cure="Is this a Hugging Face checkpoint?")
+            raise UserError(
+                f"{path} is a file. Give the directory that holds config.json and the weights."
+            )
+        self.config: dict[str, Any] = _read_json(
+            self.path / "config.json", cure="Is this a Hugging Face checkpoint?"
+        )
         self._where: dict[str, _WeightFile] = {}
         opened = {name: _open_weights(self.path / name) for name in _weight_names(self.path)}
         index = _read_index(self.path, set(opened))
         for name, file in opened.items():
-            for key in file.keys():
+            for key in file.names():
                 if index is None or index.get(key, name) == name:
                     self._where[key] = file
         missing = sorted(set(index or ()) - set(self._where))
         if missing:
             raise UserError(
-                f"{self.path}: the index lists {missing[0]} (and {len(missing) - 1} more) but its shard does not hold it. "
-                "Download the checkpoint again."
+                f"{self.path}: the index lists {missing[0]} (and {len(missing) - 1} more), but its "
+                "shard does not hold it. Download the checkpoint again."
             )
         self.files = [self.path / name for name in opened]
 
@@ -120,153 +111,50 @@ class Checkpoint:
         return self._file(key).read(key)
 
     def prefetch(self, keys: Iterable[str]) -> None:
-        """Ask the system to read these tensors from disk in the background. Does nothing for .bin files."""
+        """Have these tensors read from disk in the background. Does nothing for .bin files."""
         for key in keys:
             self._file(key).advise(key, needed=True)
 
     def release(self, keys: Iterable[str]) -> None:
-        """Unmap the pages of these tensors; reading them again is allowed and reads the file again."""
+        """Unmap the pages of these tensors; reading them again reads the file again."""
         for key in keys:
             self._file(key).advise(key, needed=False)
 
     @property
     def parameters(self) -> int:
         """Number of weights; a tied output matrix counts once, rotary tables do not count."""
-        skip = {"lm_head.weight"} if self.config.get("tie_word_embeddings") and len(self._where) > 1 else set()
-        counted = (key for key in self._where if key not in skip and not key.endswith("rotary_emb.inv_freq"))
+        skip = (
+            {"lm_head.weight"}
+            if self.config.get("tie_word_embeddings") and len(self._where) > 1
+            else set()
+        )
+        counted = (
+            key
+            for key in self._where
+            if key not in skip and not key.endswith("rotary_emb.inv_freq")
+        )
         return sum(math.prod(self.shape(key)) for key in counted)
 
     def _file(self, key: str) -> _WeightFile:
         if key not in self._where:
-            raise UserError(f"{self.path} has no tensor {key}. It holds {len(self._where)}, such as {self.keys()[0]}.")
+            raise UserError(
+                f"{self.path} has no tensor {key}. It holds {len(self._where)}, such as "
+                f"{self.keys()[0]}."
+            )
         return self._where[key]
 
 
-class CheckpointWriter:
-    """Write a checkpoint's tensors into safetensors shards, in any order, keeping none of them.
-
-    Args:
-        directory: an existing directory, usually the partial one of `core.files.output_directory`.
-        plan: (name, dtype, shape) of every tensor that will be written.
-        max_shard_bytes: a new shard starts where the next tensor would pass this size.
-
-    Use as a context manager; leaving it without an error closes the files, checks that every planned tensor was written and
-    waits for the disk. Raises MoesaicError when the disk is full.
-    """
-
-    def __init__(
-        self,
-        directory: Path,
-        plan: Sequence[tuple[str, torch.dtype, Sequence[int]]],
-        *,
-        max_shard_bytes: int = 5_000_000_000,
-    ) -> None:
-        self.directory = Path(directory)
-        self._places: dict[str, tuple[int, int, torch.dtype, tuple[int, ...]]] = {}
-        self._descriptors: list[int] = []
-        self._missing = {name for name, _, _ in plan}
-        if len(self._missing) != len(plan):
-            raise ValueError("a tensor name is planned twice")
-        shards = _divide(plan, max_shard_bytes)
-        self.total_bytes = sum(_size(item) for item in plan)
-        free = shutil.disk_usage(self.directory).free
-        if self.total_bytes > free:
-            raise MoesaicError(
-                f"No space left: {self.directory.parent} has {free / 1e9:.2f} GB free, the checkpoint needs "
-                f"{self.total_bytes / 1e9:.2f} GB. Free some space or write elsewhere."
-            )
-        self._lock = threading.Lock()
-        self._flusher = _Flusher()
-        weight_map: dict[str, str] = {}
-        try:
-            for number, shard in enumerate(shards):
-                name = _shard_name(number, len(shards))
-                self._start_shard(number, name, shard)
-                weight_map.update({tensor: name for tensor, _, _ in shard})
-            if len(shards) > 1:
-                metadata = {"total_size": self.total_bytes, "total_parameters": sum(math.prod(s) for _, _, s in plan)}
-                index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
-                (self.directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-        except OSError as error:
-            self._close_files()
-            raise _failed(error, self.directory) from error
-
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write one planned tensor. Thread-safe. Raises MoesaicError when the disk refuses."""
-        number, offset, dtype, shape = self._places[name]
-        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-            raise ValueError(f"{name}: planned {dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}")
-        data = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        try:
-            _write_at(self._descriptors[number], data, offset)
-            self._flusher.wrote(self._descriptors[number], len(data))
-        except OSError as error:
-            raise _failed(error, self.directory) from error
-        with self._lock:
-            self._missing.discard(name)
-
-    def close(self) -> None:
-        """Wait until everything is on disk. Raises ValueError when a planned tensor was never written."""
-        try:
-            if self._missing:
-                raise ValueError(f"{len(self._missing)} planned tensors were not written, such as {min(self._missing)}")
-            self._flusher.finish()
-            for descriptor in self._descriptors:
-                os.fsync(descriptor)
-        except OSError as error:
-            raise _failed(error, self.directory) from error
-        finally:
-            self._close_files()
-
-    def __enter__(self) -> CheckpointWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self._close_files()
-
-    def _start_shard(self, number: int, name: str, shard: list[tuple[str, torch.dtype, Sequence[int]]]) -> None:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        places: list[tuple[str, int, torch.dtype, tuple[int, ...]]] = []
-        position = 0
-        # Wide types first: then every tensor starts at a multiple of its item size.
-        for tensor, dtype, shape in sorted(shard, key=lambda item: -item[1].itemsize):
-            end = position + _size((tensor, dtype, shape))
-            header[tensor] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
-            places.append((tensor, position, dtype, tuple(shape)))
-            position = end
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        descriptor = os.open(self.directory / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-        self._descriptors.append(descriptor)
-        _write_at(descriptor, memoryview(struct.pack("<Q", len(text)) + text), 0)
-        os.ftruncate(descriptor, 8 + len(text) + position)
-        for tensor, start, dtype, shape in places:
-            self._places[tensor] = (number, 8 + len(text) + start, dtype, shape)
-
-    def _close_files(self) -> None:
-        self._flusher.stop()
-        for descriptor in self._descriptors:
-            os.close(descriptor)
-        self._descriptors = []
-
-
 def copy_companions(source: Path, target: Path) -> list[str]:
-    """Copy the tokenizer, generation config and chat template from one model directory to another; return their names."""
+    """Copy tokenizer, generation config, chat template and licence; return their names."""
     copied = []
     for file in sorted(source.iterdir()):
-        wanted = file.name in _COMPANIONS or file.name.startswith(("tokenizer", "tokenization_config"))
-        if file.is_file() and wanted and not file.name.endswith(_WEIGHT_SUFFIXES):
+        wanted = file.name in _COMPANIONS or file.name.startswith(
+            ("tokenizer", "LICENSE", "NOTICE")
+        )
+        if file.is_file() and wanted:
             shutil.copyfile(file, target / file.name)
             copied.append(file.name)
     return copied
-
-
-# --- reading -----------------------------------------------------------------------------------------------------------
 
 
 class _Safetensors:
@@ -287,12 +175,14 @@ class _Safetensors:
             try:
                 header = json.loads(file.read(length))
                 header.pop("__metadata__", None)
-                self._entries = {
+                self._entries: dict[str, tuple[torch.dtype, tuple[int, ...], int, int]] = {
                     key: (DTYPES[entry["dtype"]], tuple(entry["shape"]), *entry["data_offsets"])
                     for key, entry in header.items()
                 }
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise _damaged(path, f"has a header that cannot be read ({type(error).__name__}: {error})") from error
+                raise _damaged(
+                    path, f"has a header that cannot be read ({type(error).__name__}: {error})"
+                ) from error
         self._base = 8 + length
         for key, (dtype, shape, begin, end) in self._entries.items():
             if end - begin != math.prod(shape) * dtype.itemsize or begin < 0:
@@ -301,7 +191,7 @@ class _Safetensors:
         if size < needed:
             raise _damaged(path, f"is truncated: {size} bytes, its header needs {needed}")
 
-    def keys(self) -> Iterable[str]:
+    def names(self) -> Iterable[str]:
         return self._entries
 
     def shape(self, key: str) -> tuple[int, ...]:
@@ -314,9 +204,13 @@ class _Safetensors:
         dtype, shape, begin, end = self._entries[key]
         if begin == end:
             return torch.empty(shape, dtype=dtype)
-        raw = torch.frombuffer(self._mapped(), dtype=torch.uint8, count=end - begin, offset=self._base + begin)
+        raw = torch.frombuffer(
+            self._mapped(), dtype=torch.uint8, count=end - begin, offset=self._base + begin
+        )
         if (self._base + begin) % dtype.itemsize:
-            raw = raw.clone()  # an old file with a header of odd length: torch needs aligned storage
+            raw = (
+                raw.clone()
+            )  # an old file with a header of odd length: torch needs aligned storage
         return raw.view(dtype).reshape(shape)
 
     def advise(self, key: str, *, needed: bool) -> None:
@@ -331,11 +225,14 @@ class _Safetensors:
 
     def _mapped(self) -> mmap.mmap:
         if self._map is None:
-            # Private and writable, so that torch takes it without a warning; nothing reaches the file.
+            # Private and writable: torch takes it without a warning; nothing reaches the file.
             with self.path.open("rb") as file:
                 self._descriptor = os.dup(file.fileno())
             self._map = mmap.mmap(
-                self._descriptor, 0, flags=mmap.MAP_PRIVATE | _NORESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE
+                self._descriptor,
+                0,
+                flags=mmap.MAP_PRIVATE | _NORESERVE,
+                prot=mmap.PROT_READ | mmap.PROT_WRITE,
             )
         return self._map
 
@@ -350,21 +247,28 @@ class _Pickled:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            loaded = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )
         except pickle.UnpicklingError as error:
             if path.stat().st_size == 0 or "persistent" in str(error) or "truncated" in str(error):
                 raise _damaged(path, "is truncated or no checkpoint") from error
             raise UserError(
-                f"{path} is a pickle of something other than plain tensors; it is not opened, since that could run code. "
-                "Convert it to safetensors where you trust it."
+                f"{path} is a pickle of something other than plain tensors; it is not opened, since "
+                "that could run code. Convert it to safetensors where you trust it."
             ) from error
         except (RuntimeError, EOFError, ValueError, OSError) as error:
             raise _damaged(path, "is truncated or no checkpoint") from error
-        if not isinstance(loaded, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in loaded.values()):
-            raise UserError(f"{path} holds something other than a dict of plain tensors. Save the state dict alone.")
+        if not isinstance(loaded, dict) or not all(
+            isinstance(tensor, torch.Tensor) for tensor in loaded.values()
+        ):
+            raise UserError(
+                f"{path} holds something other than a dict of plain tensors. "
+                "Save the state dict alone."
+            )
         self._tensors: dict[str, torch.Tensor] = loaded
 
-    def keys(self) -> Iterable[str]:
+    def names(self) -> Iterable[str]:
         return self._tensors
 
     def shape(self, key: str) -> tuple[int, ...]:
@@ -392,21 +296,31 @@ def _open_weights(path: Path) -> _WeightFile:
 def _weight_names(directory: Path) -> list[str]:
     for stem in ("model.safetensors", "pytorch_model.bin"):
         if (directory / f"{stem}.index.json").is_file():
-            index = _read_json(directory / f"{stem}.index.json", cure="Download the checkpoint again.")
+            index = _read_json(
+                directory / f"{stem}.index.json", cure="Download the checkpoint again."
+            )
             return sorted(set(index.get("weight_map", {}).values()))
         if (directory / stem).is_file():
             return [stem]
     shards = sorted(p.name for p in directory.glob("model-*-of-*.safetensors"))
     if shards:
-        raise UserError(f"{directory / 'model.safetensors.index.json'} is missing beside {shards[0]}. Download it again.")
-    raise UserError(f"{directory} holds no model.safetensors and no pytorch_model.bin. Is this a Hugging Face checkpoint?")
+        raise UserError(
+            f"{directory / 'model.safetensors.index.json'} is missing beside {shards[0]}. "
+            "Download it again."
+        )
+    raise UserError(
+        f"{directory} holds no model.safetensors and no pytorch_model.bin. "
+        "Is this a Hugging Face checkpoint?"
+    )
 
 
 def _read_index(directory: Path, opened: set[str]) -> dict[str, str] | None:
     for stem in ("model.safetensors", "pytorch_model.bin"):
         file = directory / f"{stem}.index.json"
         if file.is_file() and opened != {stem}:
-            weight_map: dict[str, str] = _read_json(file, cure="Download it again.").get("weight_map", {})
+            weight_map: dict[str, str] = _read_json(file, cure="Download it again.").get(
+                "weight_map", {}
+            )
             return weight_map
     return None
 
@@ -425,93 +339,3 @@ def _read_json(path: Path, *, cure: str) -> dict[str, Any]:
 
 def _damaged(path: Path, what: str) -> UserError:
     return UserError(f"{path} {what}. Download it again.")
-
-
-# --- writing -----------------------------------------------------------------------------------------------------------
-
-
-class _Flusher:
-    """Push written data to the disk while the rest is still being made, so that the last sync is short."""
-
-    STEP = 256_000_000
-
-    def __init__(self) -> None:
-        self._pending = 0
-        self._wanted: set[int] = set()
-        self._stopping = False
-        self._error: OSError | None = None
-        self._condition = threading.Condition()
-        self._thread: threading.Thread | None = None
-
-    def wrote(self, descriptor: int, count: int) -> None:
-        with self._condition:
-            if self._error:
-                raise self._error
-            self._pending += count
-            self._wanted.add(descriptor)
-            if self._pending >= self.STEP:
-                self._pending = 0
-                if self._thread is None:
-                    self._thread = threading.Thread(target=self._run, name="flush", daemon=True)
-                    self._thread.start()
-                self._condition.notify()
-
-    def _run(self) -> None:
-        while True:
-            with self._condition:
-                self._condition.wait_for(lambda: self._stopping or self._wanted)
-                if self._stopping:
-                    return
-                batch, self._wanted = self._wanted, set()
-            try:
-                for descriptor in batch:
-                    os.fsync(descriptor)
-            except OSError as error:
-                with self._condition:
-                    self._error = error
-                    return
-
-    def stop(self) -> None:
-        with self._condition:
-            self._stopping = True
-            self._condition.notify()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-
-    def finish(self) -> None:
-        self.stop()
-        if self._error:
-            raise self._error
-
-
-def _divide(
-    plan: Sequence[tuple[str, torch.dtype, Sequence[int]]], limit: int
-) -> list[list[tuple[str, torch.dtype, Sequence[int]]]]:
-    shards: list[list[tuple[str, torch.dtype, Sequence[int]]]] = [[]]
-    filled = 0
-    for item in plan:
-        if shards[-1] and filled + _size(item) > limit:
-            shards.append([])
-            filled = 0
-        shards[-1].append(item)
-        filled += _size(item)
-    return shards
-
-
-def _size(item: tuple[str, torch.dtype, Sequence[int]]) -> int:
-    return math.prod(item[2]) * item[1].itemsize
-
-
-def _shard_name(number: int, count: int) -> str:
-    return "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-
-
-def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
-    while data:
-        done = os.pwrite(descriptor, data[: 1 << 30], offset)  # Linux writes at most 2 GiB a call
-        data, offset = data[done:], offset + done
-
-
-def _failed(error: OSError, directory: Path) -> MoesaicError:
-    return MoesaicError(f"Writing to {directory.parent} failed: {error.strerror}. Free some space or write elsewhere.")
