@@ -17,7 +17,7 @@ _PUBLIC = {
     "split": "moesaic.construct.split",
     "init": "moesaic.construct.scratch",
     "train": "moesaic.train.loop",
-    "generate": "moesaic.generate",
+    "generate": "moesaic.generation",
 }
 
 __all__ = [
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from moesaic.construct.convert import convert
     from moesaic.construct.scratch import init
     from moesaic.construct.split import split
-    from moesaic.generate import generate
+    from moesaic.generation import generate
     from moesaic.models.anatomy import anatomy
     from moesaic.models.load import load
     from moesaic.train.loop import train
