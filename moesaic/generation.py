@@ -75,8 +75,11 @@ def generate(
     """
     settings = _check(max_new_tokens, temperature, top_k, top_p, seed)
     if isinstance(model, (str, Path)):
-        tokenizer = load_tokenizer(model) if tokenizer is None else tokenizer
-        model = _load(model, device, dtype)
+        source = model
+        if tokenizer is None and Path(source).is_dir():
+            tokenizer = load_tokenizer(source)  # first: its errors are quicker than loading weights
+        model = _load(source, device, dtype)
+        tokenizer = load_tokenizer(source) if tokenizer is None else tokenizer
     if isinstance(tokenizer, (str, Path)):
         tokenizer = load_tokenizer(tokenizer)
     if tokenizer is None:

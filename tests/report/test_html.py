@@ -80,7 +80,7 @@ def test_page_is_one_file_that_loads_nothing():
 def test_same_content_gives_the_same_bytes(tmp_path: Path):
     first = _page().write(tmp_path / "a.html").read_bytes()
     assert first == _page().write(tmp_path / "b.html").read_bytes()
-    assert list(tmp_path.iterdir()) and len(list(tmp_path.iterdir())) == 2, "no partial files"
+    assert len(list(tmp_path.iterdir())) == 2, "no partial files"
 
 
 def test_best_cell_is_marked():
@@ -93,6 +93,7 @@ def test_reports_need_no_torch():
     code = (
         "import sys; from moesaic.report.html import Page; Page('x').html(); "
         "from moesaic.report import plots; plots.svg(plots.dots({'a': {'b': 1.0}}, x_label='l')); "
-        "bad = {'torch', 'transformers', 'matplotlib.pyplot'} & set(sys.modules); assert not bad, bad"
+        "bad = {'torch', 'transformers', 'matplotlib.pyplot'} & set(sys.modules); "
+        "assert not bad, bad"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

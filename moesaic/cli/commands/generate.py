@@ -55,11 +55,11 @@ def command(
     if prompt == "-":
         prompt = sys.stdin.read()
 
-    def stream(piece: str) -> None:
-        print(piece, end="", flush=True)
+    opening = [prompt]  # shown once the model is there, so that an error leaves stdout empty
 
-    if not json:
-        print(prompt, end="", flush=True)
+    def stream(piece: str) -> None:
+        print(opening.pop() if opening else "", piece, sep="", end="", flush=True)
+
     result = generate(
         model,
         prompt,
@@ -74,7 +74,7 @@ def command(
         stream=None if json else stream,
     )
     if not json:
-        print()
+        print(*opening)
         note(
             f"{result.new_tokens} tokens in {result.seconds:.1f} s "
             f"({result.tokens_per_second:.0f} tokens/s)"
