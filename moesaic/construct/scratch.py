@@ -8,7 +8,6 @@ asked for; a field that the type does not have, or that came out different, is a
 from __future__ import annotations
 
 import dataclasses
-import importlib.resources
 import inspect
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,9 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moesaic.core.config import Config, load
-from moesaic.core.errors import UserError, nearest, unknown
+from moesaic.core.errors import UserError, nearest
 from moesaic.core.files import check_output, output_directory
 from moesaic.core.lineage import write_lineage
+from moesaic.recipes import find
 
 if TYPE_CHECKING:
     import torch
@@ -65,21 +65,9 @@ class Built:
     active: int
 
 
-def presets() -> dict[str, Path]:
-    """Map the name of every shipped preset to its YAML file."""
-    folder = importlib.resources.files("moesaic") / "recipes" / "init"
-    return {file.stem: file for file in sorted(Path(str(folder)).glob("*.yaml"))}
-
-
 def read_preset(preset: Path | str, *, overrides: Sequence[str] = ()) -> InitConfig:
     """Read a preset by its name or a YAML file by its path. Raises UserError for neither."""
-    path = Path(preset)
-    if path.suffix not in (".yaml", ".yml") and not path.is_file():
-        shipped = presets()
-        if str(preset) not in shipped:
-            raise unknown("preset", str(preset), shipped)
-        path = shipped[str(preset)]
-    return load(InitConfig, path, overrides=overrides)
+    return load(InitConfig, find(preset, kind="init"), overrides=overrides)
 
 
 def init(

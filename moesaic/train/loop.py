@@ -1,0 +1,364 @@
+"""The training loop: one process, thin, and resumable bit for bit.
+
+Order of things at update s (1-based): train; every `log.every` write a line; every `evaluate.every`
+measure held-out loss per domain and, if asked, move the domain weights; every `checkpoint.every` save
+the state. A state therefore holds everything up to and including update s.
+
+What a later multi-process step shards is kept in objects: the model, `Optimizer`, `Schedule`, the data
+stream with its cursor, and `Window`.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moesaic.core.config import load, parse, to_yaml
+from moesaic.core.console import note, progress
+from moesaic.core.errors import MoesaicError, UserError
+from moesaic.core.files import write_text
+from moesaic.train import batches, export, setup, state
+from moesaic.train.config import TrainConfig
+from moesaic.train.optimizer import Optimizer
+from moesaic.train.schedule import Schedule
+from moesaic.train.step import PassOutput, build_pass, run_update, set_balance_coefficient
+from moesaic.train.telemetry import LOG_NAME, Clock, Log, Window, peak_flops
+from moesaic.train.weights import reference_losses, update_weights
+
+CONFIG_NAME = "train.yaml"
+
+
+def train(
+    config: TrainConfig | Mapping[str, Any] | Path | str,
+    *,
+    model: Path | str | None = None,
+    out: Path | str,
+    resume: bool = True,
+    overrides: Sequence[str] = (),
+) -> Path:
+    """Train `model` as `config` says and return `out`, a Hugging Face directory with the result.
+
+    Args:
+        config: a YAML file, a mapping of the same keys, or a `TrainConfig`.
+        model: directory of the model to start from; wins over ``config.model``.
+        out: receives the model, ``log.jsonl``, ``train.yaml`` and ``checkpoints/``.
+        resume: go on from the newest state in `out`, if any; False: discard it and start again.
+        overrides: ``section.key=value`` assignments on top of a YAML file.
+
+    Raises UserError for a wrong config or input, for an `out` that holds something else, and when a
+    resumed run would follow another course; MoesaicError when the loss is not finite or a save fails.
+    """
+    settings = read_config(config, model=model, overrides=overrides)
+    run = Run.prepare(settings, Path(out).expanduser().absolute(), resume=resume)
+    return run.path if run.finished else run.train()
+
+
+def read_config(
+    config: TrainConfig | Mapping[str, Any] | Path | str,
+    *,
+    model: Path | str | None = None,
+    overrides: Sequence[str] = (),
+) -> TrainConfig:
+    """Return the typed config with `model` filled in. Raises UserError when no model is given."""
+    if isinstance(config, TrainConfig):
+        settings = config
+    elif isinstance(config, Mapping):
+        settings = parse(TrainConfig, config, source="config")
+    else:
+        settings = load(TrainConfig, config, overrides=overrides)
+    if model is not None:
+        settings = settings.model_copy(update={"model": str(model)})
+    if settings.model is None:
+        raise UserError("no model to train. Give --model DIR, or 'model' in the config.")
+    return settings
+
+
+@dataclass
+class Run:
+    """A training run in progress: everything that a saved state restores, and what stays the same."""
+
+    path: Path
+    config: TrainConfig
+    finished: bool
+    step: int = 0
+    weights: dict[str, float] = field(default_factory=dict)
+    drawn: Counter[str] = field(default_factory=Counter)
+    window: Window = field(default_factory=Window)
+    seconds: float = 0.0
+    held_out: dict[str, float] | None = None
+
+    @classmethod
+    def prepare(cls, config: TrainConfig, path: Path, *, resume: bool) -> Run:
+        """Check the output directory and build everything, from the newest state where there is one."""
+        folder = _claim(path, config, resume=resume)
+        run = cls(path, config, finished=False)
+        if folder is not None:
+            facts = state.read_facts(folder)
+            _same_course(config, facts, folder)
+            if facts["step"] >= config.total_steps and export.is_written(path, config):
+                note(f"{path} is finished already ({facts['step']} updates). --no-resume starts again.")
+                run.finished = True
+                return run
+        run._build()
+        if folder is not None:
+            run._restore(folder, facts)
+        return run
+
+    def _build(self) -> None:
+        config = self.config
+        torch.manual_seed(config.seed)
+        self.device = setup.device(config.device)
+        self.precision = setup.precision(config.precision, self.device)
+        self.model = setup.load_model(config, self.device, self.precision)
+        self.source_dtype = setup.source_dtype(config)
+        self.tokenizer = setup.load_tokenizer(config)
+        self.coefficient = set_balance_coefficient(self.model, config.balance.coefficient)
+        self.parameters, self.active = setup.count_parameters(self.model)
+        self.data = setup.open_data(config, self.tokenizer, self.path)
+        self.weights = dict(self.data.weights)
+        self.optimizer = Optimizer(self.model, config.optimizer)
+        self.schedule = Schedule(
+            config.schedule, peak=config.optimizer.lr, total=config.total_steps
+        )
+        run_pass = build_pass(self.model)
+        self.run_pass: Callable[[torch.Tensor], PassOutput] = (
+            torch.compile(run_pass) if config.compile else run_pass
+        )
+        self.peak = peak_flops(self.device, config.log.peak_tflops)
+
+    def _restore(self, folder: Path, facts: Mapping[str, Any]) -> None:
+        self.step = int(facts["step"])
+        self.weights = dict(facts["weights"])
+        self.drawn = Counter(facts["drawn"])
+        self.seconds = float(facts["seconds"])
+        self.held_out = facts["held_out"]
+        self.window.load(facts["window"], self.device)
+        self.data.stream.load_state_dict(facts["cursor"])
+        self.data.stream.set_weights(self.weights)
+        # Last, so that nothing above draws from the generators it sets.
+        state.restore_state(folder, model=self.model, optimizer=self.optimizer, facts=facts)
+        note(f"resumed from update {self.step} of {self.config.total_steps} ({folder})")
+
+    def train(self) -> Path:
+        """Run the remaining updates, evaluate, save, write the final model; return its directory."""
+        config = self.config
+        write_text(self.path / CONFIG_NAME, to_yaml(config))
+        log = Log(self.path, resume_at=self.step, tensorboard=config.log.tensorboard)
+        self._announce()
+        try:
+            self.clock = Clock()
+            self.model.train()
+            if self.step == 0 and config.evaluate.at_start:
+                self._evaluate(log)
+            with progress("training", total=config.total_steps) as bar:
+                bar.advance(self.step)
+                while self.step < config.total_steps:
+                    self._stretch(log, bar)
+        finally:
+            log.close()
+        export.write_model(self)
+        if config.checkpoint.keep_last == 0:
+            shutil.rmtree(self.path / state.FOLDER, ignore_errors=True)
+        return self.path
+
+    def _stretch(self, log: Log, bar: Any) -> None:
+        """Run updates up to the next evaluation: the data thread never draws past a change of weights."""
+        config = self.config
+        every = config.evaluate.every or config.total_steps
+        end = min(config.total_steps, (self.step // every + 1) * every)
+        source = batches.prefetch(
+            self.data.stream,
+            updates=end - self.step,
+            accumulation=config.batch.accumulation,
+            size=config.batch.size,
+            length=config.data.block_size,
+            pin=self.device.type == "cuda",
+        )
+        shown: dict[str, Any] = {}
+        with closing(source):
+            for batch in source:
+                self.cursor = batch.cursor
+                shown |= self._update(batch, log)
+                if self.step == end:
+                    self._evaluate(log)
+                if self.step == config.total_steps or self._due(config.checkpoint.every):
+                    self._save()
+                bar.advance(1, **shown)
+
+    def _update(self, batch: batches.Batch, log: Log) -> dict[str, Any]:
+        rate = self.schedule.apply(self.optimizer.inner, self.step)
+        ids_ABT = batch.ids_ABT.to(self.device, non_blocking=True)
+        result = run_update(self.run_pass, self.optimizer, ids_ABT, autocast=self._autocast())
+        self.step += 1
+        self.drawn.update(batch.domains)
+        self.window.add(self.step, result.values, result.routing)
+        if self.device.type == "cpu":
+            self._check_finite()  # free here; on a GPU it would wait for the device
+        if self.step != self.config.total_steps and not self._due(self.config.log.every):
+            return {}
+        self._check_finite()
+        return self._log(log, rate)
+
+    def _due(self, every: int | None) -> bool:
+        return every is not None and self.step % every == 0
+
+    def _autocast(self) -> AbstractContextManager[Any] | None:
+        if self.precision != "mixed":
+            return None
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def _check_finite(self) -> None:
+        values = self.window.fetch()
+        for what in ("loss", "grad_norm"):
+            for step, value in zip(self.window.steps, values.get(what, []), strict=False):
+                if not math.isfinite(value):
+                    raise MoesaicError(self._divergence(what, value, step))
+
+    def _divergence(self, what: str, value: float, step: int) -> str:
+        saved = list(state.states(self.path))
+        kept = f"the state of update {saved[-1]} is kept" if saved else "no state was saved yet"
+        return (
+            f"{what} became {value} at update {step}; {kept}. Lower optimizer.lr, lengthen "
+            "schedule.warmup or use precision fp32, and run again with --no-resume."
+        )
+
+    def _log(self, log: Log, rate: float) -> dict[str, Any]:
+        config = self.config
+        updates = len(self.window.steps)
+        figures = self.window.flush()  # waits for the device, so the lap below is true
+        seconds = self.clock.lap()
+        self.seconds += seconds
+        # After a resume the first window holds updates of the run before; count this run's only.
+        speed = min(updates, self.step - self.resumed_at) * config.tokens_per_step / seconds
+        mfu = None if self.peak is None else 6.0 * self.active * speed / self.peak
+        log.write(
+            "train",
+            self.step,
+            tokens=self.step * config.tokens_per_step,
+            **figures,
+            lr=rate,
+            tokens_per_second=round(speed, 1),
+            mfu=None if mfu is None else round(mfu, 4),
+            weights={name: round(weight, 6) for name, weight in self.weights.items()},
+            epochs=self.data.epochs(self.drawn),
+            seconds=round(self.seconds, 3),
+        )
+        shown = {"loss": f"{figures['loss']:.4f}", "tok/s": _short(speed)}
+        if mfu is not None:
+            shown["mfu"] = f"{mfu:.1%}"
+        return shown
+
+    def _evaluate(self, log: Log) -> None:
+        """Measure held-out loss per domain, write it, and move the weights if the run is dynamic."""
+        if self.data.valid is None:
+            return
+        with self.clock:
+            losses = setup.evaluate(self)
+            self.held_out = losses
+            log.write("evaluate", self.step, tokens=self.step * self.config.tokens_per_step, loss=losses)
+            dynamic = self.config.data.dynamic
+            if dynamic is not None and self.step > 0:
+                self.weights = update_weights(
+                    self.weights,
+                    losses,
+                    reference_losses(dynamic.reference, list(self.weights)),
+                    rule=dynamic.rule,
+                    rate=dynamic.rate,
+                    smoothing=dynamic.smoothing,
+                )
+                self.data.stream.set_weights(self.weights)
+                self.cursor = self.data.stream.state_dict()
+
+    def _save(self) -> None:
+        with self.clock:
+            self._check_finite()
+            facts = {
+                "total": self.config.total_steps,
+                "config": self.config.trajectory(),
+                "model": self.config.model,
+                "cursor": self.cursor,
+                "weights": self.weights,
+                "drawn": dict(self.drawn),
+                "window": self.window.state(),
+                "seconds": self.seconds,
+                "held_out": self.held_out,
+            }
+            export.guarded(
+                self.path,
+                lambda: state.save_state(
+                    self.path,
+                    step=self.step,
+                    model=self.model,
+                    optimizer=self.optimizer,
+                    facts=facts,
+                    keep_last=self.config.checkpoint.keep_last,
+                ),
+            )
+
+    def _announce(self) -> None:
+        config = self.config
+        self.resumed_at = self.step
+        where = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        note(
+            f"{type(self.model).__name__}: {self.parameters:,} parameters, {self.active:,} active; "
+            f"{config.total_steps} updates of {config.tokens_per_step:,} tokens; "
+            f"{self.precision} on {where}"
+        )
+        if self.coefficient is not None:
+            note(f"balance loss: coefficient {self.coefficient:g}, averaged over forward passes")
+
+
+def _claim(path: Path, config: TrainConfig, *, resume: bool) -> Path | None:
+    """Make sure `path` may be written; return the newest state to go on from, if any."""
+    if path.is_file():
+        raise UserError(f"{path} is a file. Give a directory for the output.")
+    if path.is_dir() and any(path.iterdir()):
+        if not (path / CONFIG_NAME).is_file() and not (path / state.FOLDER).is_dir():
+            raise UserError(
+                f"{path} exists and holds no training run. Choose another -o, or remove it."
+            )
+        if not resume:
+            for name in (LOG_NAME, CONFIG_NAME, state.FOLDER, "tensorboard"):
+                target = path / name
+                shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+            export.remove_model(path)
+    path.mkdir(parents=True, exist_ok=True)
+    newest = list(state.states(path).values())
+    return newest[-1] if newest else None
+
+
+def _same_course(config: TrainConfig, facts: Mapping[str, Any], folder: Path) -> None:
+    """Refuse to go on with settings that change the losses: the result would match no config."""
+    differing = _differences({"model": config.model, **config.trajectory()}, {"model": facts["model"], **facts["config"]})
+    if differing:
+        key, now, then = differing[0]
+        raise UserError(
+            f"{folder.parent.parent} was started with {key}={then!r}, now it is {now!r}. "
+            "Give the same settings, another -o, or --no-resume to start again."
+        )
+
+
+def _differences(
+    now: Any, then: Any, prefix: str = ""
+) -> list[tuple[str, Any, Any]]:
+    if isinstance(now, Mapping) and isinstance(then, Mapping):
+        found = []
+        for key in dict.fromkeys([*now, *then]):
+            found += _differences(now.get(key), then.get(key), f"{prefix}.{key}" if prefix else key)
+        return found
+    return [] if now == then else [(prefix, now, then)]
+
+
+def _short(number: float) -> str:
+    for unit, size in (("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.2f}{unit}"
+    return f"{number:.0f}"
