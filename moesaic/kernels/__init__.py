@@ -1,7 +1,7 @@
-"""Compute of routed experts: a reference that is the meaning, and fast versions tested against it.
+"""Compute of routed experts: a reference that is the meaning, and fast code tested against it.
 
-This room knows tensors and the attributes of transformers' experts modules, never configs or model classes.
-`register()` makes `experts_implementation="moesaic"` known to transformers.
+This room knows tensors and the attributes of transformers' experts modules, never configs or model
+classes. `register()` makes `experts_implementation="moesaic"` known to transformers.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ NAME = "moesaic"
 
 
 def register() -> None:
-    """Register our experts function with transformers under the name "moesaic"; a second call changes nothing."""
+    """Register our experts function with transformers as "moesaic"; again changes nothing."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     from moesaic.kernels.select import experts_forward

@@ -1,10 +1,10 @@
-"""The two matrix products of a mixture of experts, on torch's grouped matmul or as a loop over the experts.
+"""The two matrix products of routed experts, by torch's grouped matmul or by a loop over experts.
 
-N routed rows sorted by expert; `ends_E[e]` (int32) is one past the last row of expert e, so `ends_E[-1] == N`.
-E experts, P and Q the two sizes of a product.
+N routed rows sorted by expert; `ends_E[e]` (int32) is one past the last row of expert e, so that
+`ends_E[-1] == N`. E experts, P and Q the two sizes of a product.
 
-`rows` multiplies each expert's rows by its matrix (forward, gradient of the input), `outer` sums the outer products
-of each expert's rows (gradient of the weights; zero for an expert without rows).
+`rows` multiplies each expert's rows by its matrix (forward, gradient of the input); `outer` sums
+the outer products of each expert's rows (gradient of the weights; zero for an expert without rows).
 """
 
 from __future__ import annotations
@@ -16,84 +16,76 @@ import torch.nn.functional as F
 
 Backend = Literal["grouped", "loop"]
 GROUPED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-ALIGNMENT = 16  # bytes; torch's grouped matmul refuses other row strides and addresses
+ALIGNMENT = 16  # bytes; torch's grouped matmul refuses other row strides
 
 
 def why_not_grouped(dtype: torch.dtype, device: torch.device, sizes: tuple[int, ...]) -> str | None:
-    """Say in a few words why torch's grouped matmul cannot take these products, or None when it can.
+    """Say in a few words why torch's grouped matmul cannot take these products, or return None.
 
-    `sizes` are the lengths of all rows that take part (hidden size, expert width).
+    `sizes` are the lengths of all rows that take part: hidden size and expert width.
     """
+    name = str(dtype).removeprefix("torch.")
     if not hasattr(F, "grouped_mm"):
         return f"torch {torch.__version__} has no grouped matmul"
     if dtype not in GROUPED_DTYPES:
-        return f"torch's grouped matmul does not take {str(dtype).removeprefix('torch.')}"
+        return f"torch's grouped matmul does not take {name}"
     if device.type not in ("cpu", "cuda"):
         return f"torch's grouped matmul is not used on {device.type}"
-    if (
-        device.type == "cuda"
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(device) < (8, 0)
-    ):
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return "torch's grouped matmul needs a GPU of compute capability 8.0 or newer"
     multiple = ALIGNMENT // dtype.itemsize
     odd = [size for size in sizes if size % multiple]
     if odd:
-        name = str(dtype).removeprefix("torch.")
-        return f"torch's grouped matmul takes {name} sizes that are multiples of {multiple}, not {odd[0]}"
+        return f"torch's grouped matmul takes multiples of {multiple} in {name}, not {odd[0]}"
     return None
 
 
 def rows(
     a_NP: torch.Tensor, w_EPQ: torch.Tensor, ends_E: torch.Tensor, *, backend: Backend
 ) -> torch.Tensor:
-    """Return out_NQ: the rows of expert e times `w_EPQ[e]`. `w_EPQ` may be a transposed view."""
+    """Return out_NQ: the rows of expert e times `w_EPQ[e]`; `w_EPQ` may be a transposed view."""
     if backend == "grouped":
         return F.grouped_mm(a_NP, w_EPQ, offs=ends_E)
     if torch.compiler.is_compiling():
-        out: torch.Tensor = torch.ops.moesaic.loop_rows(a_NP, w_EPQ, ends_E)
-        return out
+        return torch.ops.moesaic.loop_rows(a_NP, w_EPQ, ends_E)
     return _loop_rows(a_NP, w_EPQ, ends_E)
 
 
 def outer(
     a_NP: torch.Tensor, b_NQ: torch.Tensor, ends_E: torch.Tensor, *, backend: Backend
 ) -> torch.Tensor:
-    """Return out_EPQ: for expert e the sum over its rows n of the outer product of a[n] and b[n]."""
+    """Return out_EPQ: for expert e the sum of the outer products of a[n] and b[n] of its rows n."""
     if backend == "grouped":
         return F.grouped_mm(a_NP.t(), b_NQ, offs=ends_E)
     if torch.compiler.is_compiling():
-        out: torch.Tensor = torch.ops.moesaic.loop_outer(a_NP, b_NQ, ends_E)
-        return out
+        return torch.ops.moesaic.loop_outer(a_NP, b_NQ, ends_E)
     return _loop_outer(a_NP, b_NQ, ends_E)
 
 
-def _loop_rows(a_NP: torch.Tensor, w_EPQ: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
-    out_NQ = a_NP.new_empty(a_NP.shape[0], w_EPQ.shape[2])
+def _loop_rows(a: torch.Tensor, w: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    out = a.new_empty(a.shape[0], w.shape[2])
     start = 0
-    for expert, end in enumerate(
-        ends_E.tolist()
-    ):  # the one host synchronisation of this path on a GPU
+    for expert, end in enumerate(ends.tolist()):  # on a GPU, the one wait for the device
         if start < end:
-            torch.mm(a_NP[start:end], w_EPQ[expert], out=out_NQ[start:end])
+            torch.mm(a[start:end], w[expert], out=out[start:end])
         start = end
-    return out_NQ
+    return out
 
 
-def _loop_outer(a_NP: torch.Tensor, b_NQ: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
-    out_EPQ = a_NP.new_empty(ends_E.shape[0], a_NP.shape[1], b_NQ.shape[1])
+def _loop_outer(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    out = a.new_empty(ends.shape[0], a.shape[1], b.shape[1])
     start = 0
-    for expert, end in enumerate(ends_E.tolist()):
+    for expert, end in enumerate(ends.tolist()):
         if start < end:
-            torch.mm(a_NP[start:end].t(), b_NQ[start:end], out=out_EPQ[expert])
+            torch.mm(a[start:end].t(), b[start:end], out=out[expert])
         else:
-            out_EPQ[expert].zero_()
+            out[expert].zero_()
         start = end
-    return out_EPQ
+    return out
 
 
-# Under torch.compile the loop's lengths are data, which no graph can hold: there the loop is one opaque operator.
-# Schemas are written out because annotations are strings in this file.
+# The loop's lengths are data, which no graph can hold: under torch.compile each loop is one opaque
+# operator. The schemas are written out because annotations are strings in this file.
 _rows_op = torch.library.custom_op(
     "moesaic::loop_rows",
     _loop_rows,

@@ -1,8 +1,7 @@
-"""What a layer of routed experts computes, in plain torch: the meaning every kernel here is tested against.
+"""What a layer of routed experts computes, in plain torch: what every kernel is tested against.
 
-T tokens, D hidden size, E experts, I expert width, J = 2I, K experts a token.
-Experts are stored as transformers stores them: `gate_up_EJD` (rows [0, I) are the gate, [I, 2I) the up projection)
-and `down_EDI`.
+T tokens, D hidden size, E experts, I expert width, J = 2I, K experts a token. Experts are stored as
+transformers stores them: `gate_up_EJD` (rows [0, I) gate, rows [I, 2I) up) and `down_EDI`.
 """
 
 from __future__ import annotations
@@ -31,10 +30,10 @@ def experts(
     *,
     activation: Activation = "silu",
 ) -> torch.Tensor:
-    """Return `out_TD = sum_k weights[t, k] * expert_{ids[t, k]}(x[t])`, expert(x) = down(act(gate(x)) * up(x)).
+    """Return out[t] = sum_k weights[t, k] * expert_{ids[t, k]}(x[t]), of shape and dtype of `x_TD`.
 
-    Every id lies in [0, E); a token may name an expert twice. Sums are taken in float32 or wider and the result
-    has the dtype of `x_TD`. Differentiable in everything but the ids. Loops over the experts: for tests, not for use.
+    expert(x) = down(act(gate(x)) * up(x)). Every id lies in [0, E); a token may name an expert
+    twice. Sums over k are taken in float32 or wider. A loop over experts: for tests, not for use.
     """
     wide = torch.promote_types(x_TD.dtype, torch.float32)
     out_TD = torch.zeros_like(x_TD, dtype=wide)
