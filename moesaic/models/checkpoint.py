@@ -254,8 +254,8 @@ class _Pickled:
             if path.stat().st_size == 0 or "persistent" in str(error) or "truncated" in str(error):
                 raise _damaged(path, "is truncated or no checkpoint") from error
             raise UserError(
-                f"{path} is a pickle of something other than plain tensors; it is not opened, since "
-                "that could run code. Convert it to safetensors where you trust it."
+                f"{path} is a pickle of something other than plain tensors, so it is not opened: "
+                "it could run code. Convert it to safetensors where you trust it."
             ) from error
         except (RuntimeError, EOFError, ValueError, OSError) as error:
             raise _damaged(path, "is truncated or no checkpoint") from error

@@ -1,0 +1,163 @@
+"""Run a dense model over text one layer at a time, so that one layer is in memory, never a model.
+
+Notation: B rows of text, C tokens a row, T = B*C tokens, D hidden size, F neurons of a layer.
+Everything is float32 on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moesaic.construct.dense import DenseModel
+from moesaic.core.errors import UserError
+
+_ROWS_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What the feed-forward part of one layer sees."""
+
+    layer: int
+    residual_TD: torch.Tensor
+    """The residual stream that the feed-forward output is added to."""
+    normed_TD: torch.Tensor
+    """The same after the norm: the input of gate_proj and up_proj."""
+    module: torch.nn.Module
+    """The transformers decoder layer, with `mlp.gate_proj`, `mlp.up_proj`, `mlp.down_proj`."""
+
+    def neurons(self) -> torch.Tensor:
+        """The input of down_proj, act(gate_proj x) * up_proj x: [T, F]."""
+        mlp: Any = self.module.mlp
+        product: torch.Tensor = mlp.act_fn(mlp.gate_proj(self.normed_TD)).mul_(
+            mlp.up_proj(self.normed_TD)
+        )
+        return product
+
+
+class LayerStream:
+    """The layers of a dense model, loaded one by one and applied to hidden states [B, C, D]."""
+
+    def __init__(self, dense: DenseModel, *, context: int) -> None:
+        from transformers import LlamaConfig
+        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+        fields = {
+            k: v for k, v in dense.config.items() if k not in ("model_type", "sliding_window")
+        }
+        self.config = LlamaConfig(**{**fields, "attn_implementation": "sdpa"})
+        self.config.dtype = torch.float32
+        self.dense = dense
+        self._positions = torch.arange(context).unsqueeze(0)
+        self._rotary = LlamaRotaryEmbedding(self.config)
+
+    def embed(self, ids_BC: torch.Tensor) -> torch.Tensor:
+        """Hidden states before the first layer: [B, C, D]."""
+        table = self.dense.read(self.dense.outer()[0][0])
+        highest = int(ids_BC.max())
+        if highest >= len(table):
+            raise UserError(
+                f"The tokenizer gives id {highest}, but the model has {len(table)} embeddings. "
+                "Tokenizer and weights do not belong together."
+            )
+        return table[ids_BC].float()
+
+    def load(self, layer: int) -> torch.nn.Module:
+        """Return one decoder layer in float32."""
+        from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+        with torch.device("meta"):
+            module = LlamaDecoderLayer(self.config, layer)
+        start = f"{self.dense.prefix}layers.{layer}."
+        names = [*self.dense.others(layer), *self.dense.ffn(layer)]
+        weights = {name.removeprefix(start): self.dense.read(name).float() for name in names}
+        module.load_state_dict(weights, assign=True, strict=True)
+        return module.eval()
+
+    @torch.inference_mode()
+    def attend(self, module: Any, hidden_BCD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Norm, attention, norm: the residual stream and the feed-forward input, both [T, D]."""
+        residuals = []
+        for rows in hidden_BCD.split(_ROWS_AT_ONCE):
+            tables = self._rotary(rows, self._positions)
+            out, _ = module.self_attn(
+                hidden_states=module.input_layernorm(rows),
+                position_embeddings=tables,
+                attention_mask=None,
+                position_ids=self._positions,
+            )
+            residuals.append(rows + out)
+        residual_TD = torch.cat(residuals).flatten(0, 1)
+        return residual_TD, module.post_attention_layernorm(residual_TD)
+
+    @torch.inference_mode()
+    def layers(self, ids_BC: torch.Tensor) -> Iterator[LayerInputs]:
+        """Yield what the feed-forward part of every layer of the dense model sees, in order."""
+        hidden_BCD = self.embed(ids_BC)
+        for layer in range(self.dense.layers):
+            module: Any = self.load(layer)
+            residual_TD, normed_TD = self.attend(module, hidden_BCD)
+            yield LayerInputs(layer, residual_TD, normed_TD, module)
+            hidden_BCD = (residual_TD + module.mlp(normed_TD)).view_as(hidden_BCD)
+
+
+@dataclass(frozen=True)
+class TextSample:
+    """Some tokens of every domain, in full rows."""
+
+    model: Path
+    data: Any
+    tokens: int
+    context: int
+
+    @cached_property
+    def ids_BC(self) -> torch.Tensor:
+        """Token ids [B, C], domains in turn, documents joined by the end-of-text token.
+
+        Raises UserError when the model has no tokenizer or the data are shorter than one row.
+        """
+        tokenizer = _tokenizer(self.model)
+        from moesaic.data import open_domains
+
+        sources = open_domains(self.data)
+        streams = [self._rows(source, tokenizer) for source in sources.values()]
+        wanted = max(1, self.tokens // self.context)
+        rows: list[list[int]] = []
+        for turn in zip_longest(*streams):
+            rows.extend(row for row in turn if row is not None)
+            if len(rows) >= wanted:
+                break
+        if not rows:
+            raise UserError(
+                f"The data hold less than one row of {self.context} tokens. "
+                "Give more text or a shorter context."
+            )
+        return torch.tensor(rows[:wanted])
+
+    def _rows(self, source: Any, tokenizer: Any) -> Iterator[list[int]]:
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        buffer: list[int] = []
+        for text in source.documents():
+            buffer += tokenizer(text)["input_ids"] + end
+            while len(buffer) >= self.context:
+                yield buffer[: self.context]
+                buffer = buffer[self.context :]
+
+
+def _tokenizer(model: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{model} has no tokenizer that transformers can read. "
+            "Copy the tokenizer files beside the weights."
+        ) from error

@@ -1,0 +1,304 @@
+"""Dense LLaMA in, LLaMA-MoE out: layer by layer, from file to file.
+
+The tensors of the dense model are mapped, rearranged one layer at a time into two buffers that
+alternate, and written by a second thread; the layer is compared with the dense one while it is in
+memory. Notation: L layers, E routed experts, R shared experts, D hidden size, F dense neurons,
+I neurons of one expert, K routed experts chosen for a token.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from moesaic.construct.blueprint import draw
+from moesaic.construct.dense import DenseModel, open_dense
+from moesaic.construct.method import SplitMethod, resolve_method
+from moesaic.construct.router import Gate, RouterInit, RouterMethod, init_router, resolve_router
+from moesaic.construct.routers import ROUTERS
+from moesaic.construct.split import FILE_NAME as SPLIT_FILE
+from moesaic.construct.split import NeuronSplit
+from moesaic.construct.split import split as make_split
+from moesaic.construct.splits import SPLITS
+from moesaic.construct.stream import Comparison, write_experts
+from moesaic.core.console import note
+from moesaic.core.errors import MoesaicError, UserError
+from moesaic.core.files import check_output, output_directory, write_text
+from moesaic.core.lineage import write_lineage
+from moesaic.models.checkpoint import copy_companions
+
+__all__ = ["convert"]
+
+Verify = Literal["auto", "full", "layers", "off"]
+
+FULL_BELOW = 2_000_000_000
+"""Up to this many parameters whole models are compared, beyond it layers."""
+
+
+def convert(
+    model: Path | str,
+    *,
+    out: Path | str,
+    split: str | Path | Mapping[str, Any] | SplitMethod | NeuronSplit = "random",
+    experts: int | None = None,
+    top_k: int,
+    router: str | Path | Mapping[str, Any] | RouterMethod | RouterInit = "random",
+    data: Any = None,
+    seed: int = 0,
+    shared: int = 0,
+    gate: Gate = "mlp",
+    scale: Literal["auto", "layerwise"] | float | Sequence[float] = "auto",
+    shared_scale: float | None = None,
+    verify: Verify = "auto",
+    overwrite: bool = False,
+    max_shard_bytes: int = 5_000_000_000,
+) -> Path:
+    """Turn a dense LLaMA (or Mistral without a sliding window) into a LLaMA-MoE checkpoint.
+
+    Args:
+        model: directory of the dense checkpoint; its number type is kept.
+        seed: of the split and the router init.
+        overwrite: replace `out` when it is there.
+        max_shard_bytes: size at which a new weight file starts.
+        out: the directory that appears when everything is written and compared.
+        split: name of a split, settings ``{"method": name, ...}``, a file or directory that
+            `moesaic split` wrote, or a NeuronSplit.
+        experts: all experts of a layer, shared ones included; may be left out with a ready split.
+        top_k: experts active for a token, shared ones included.
+        router: name of a router init, settings, a file or directory of `moesaic router`, or a
+            RouterInit.
+        data: text for splits, router inits and layer-wise scales that look at activations.
+        shared: experts that are always on (a `llama_moe_residual` checkpoint).
+        gate: the router network, ``W2 tanh(W1 x)`` or ``W x``; a ready router init decides itself.
+        scale: factor on the chosen experts' sum. "auto" is E/K, as in the released models;
+            "layerwise" measures one per layer on `data` (see `construct.scale`).
+        shared_scale: factor on the shared experts' weighted mean; R by default, which makes it
+            their sum.
+        verify: "full" compares logits of the whole models with all experts on and scores off,
+            "layers" the feed-forward layers one at a time on 256 fixed random tokens; "auto" is
+            full below 2 B parameters.
+
+    Returns the output directory: weights, config.json, the tokenizer, split.safetensors and
+    moesaic.json, which records ``exact`` and the measured difference.
+
+    Raises:
+        UserError: wrong numbers, a model that is not a dense LLaMA, damaged files, NaN in weights.
+        MoesaicError: no space left; or a conversion that should be exact and is not.
+    """
+    started = time.monotonic()
+    model, out = Path(model), check_output(out, overwrite=overwrite)
+    dense = open_dense(model)
+    _check_choice(verify, ("auto", "full", "layers", "off"), "verify")
+    _check_choice(gate, ("mlp", "linear"), "gate")
+    division = _ready_split(split)
+    ready_router = _ready_router(router)
+    if division is None:
+        if experts is None:
+            raise UserError("experts is missing. Say into how many experts to split, such as 8.")
+        _check_top_k(top_k, experts, shared)
+        _check_routed(ready_router, dense, experts - shared)
+        # A mapping or method object is checked before hours of reading; a name by its registry.
+        method = resolve_method(split)  # type: ignore[arg-type]
+        if ready_router is None:
+            resolve_router(router)  # type: ignore[arg-type]
+        division = make_split(
+            model, method=method, experts=experts, shared=shared, data=data, seed=seed
+        )
+    else:
+        _check_split(division, dense, experts, shared)
+        _check_top_k(top_k, division.num_experts + division.num_shared, division.num_shared)
+        _check_routed(ready_router, dense, division.num_experts)
+    selects = top_k - division.num_shared
+    if ready_router is None:
+        ready_router = init_router(
+            model,
+            split=division,
+            method=router,  # type: ignore[arg-type]
+            gate=gate,
+            top_k=selects,
+            data=data,
+            seed=seed,
+        )
+    factors = _scale(scale, dense, division, ready_router, selects, data)
+    blueprint = draw(
+        dense,
+        division,
+        ready_router,
+        selects=selects,
+        scale=factors,
+        shared_scale=float(division.num_shared or 1) if shared_scale is None else shared_scale,
+    )
+    if verify == "auto":
+        verify = "full" if dense.checkpoint.parameters < FULL_BELOW else "layers"
+    settings = {
+        "split": division.meta,
+        "router": {key: value for key, value in ready_router.meta.items() if key != "split"},
+        "experts": division.num_experts + division.num_shared,
+        "shared": division.num_shared,
+        "top_k": top_k,
+        "gate": ready_router.gate,
+        "scale": factors,
+        "shared_scale": blueprint.config.get("score_scale_factor_residual"),
+        "data": None if data is None else str(data),
+        "verify": verify,
+    }
+    with output_directory(out, overwrite=overwrite) as partial:
+        comparison = write_experts(
+            blueprint,
+            partial,
+            compare=verify == "layers",
+            max_shard_bytes=max_shard_bytes,
+        )
+        write_text(partial / "config.json", json.dumps(blueprint.config, indent=2) + "\n")
+        copy_companions(model, partial)
+        division.save(partial / SPLIT_FILE)
+        if verify == "full":
+            from moesaic.measure.exactness import logit_difference
+
+            comparison = Comparison("logits", *logit_difference(model, partial))
+        facts = _judge(division, comparison)
+        report = {**blueprint.sizes(), **facts, "seconds": round(time.monotonic() - started, 2)}
+        write_lineage(
+            partial, step="convert", parent=str(model), config=settings, seed=seed, **report
+        )
+    return out
+
+
+def _judge(division: NeuronSplit, comparison: Comparison | None) -> dict[str, Any]:
+    covered = division.coverage()
+    facts: dict[str, Any] = {
+        "exact": division.exact and comparison is not None,
+        "neurons_covered": sum(covered) / len(covered),
+        "difference": None,
+    }
+    if comparison is None:
+        note("not compared with the dense model: --verify off; moesaic.json says exact: false")
+        return facts
+    facts["difference"] = comparison.difference
+    facts["difference_of"] = comparison.kind
+    facts["largest_value"] = comparison.largest
+    if division.exact and not comparison.exact:
+        raise MoesaicError(
+            f"All experts on differ from the dense model by {comparison.difference:.3g} "
+            f"({comparison.kind}), though every neuron is held once. Nothing was written; "
+            "please report this."
+        )
+    if not division.exact:
+        note(
+            "neurons repeat or vanish in this split, so all experts on are not the dense model: "
+            f"{facts['neurons_covered']:.1%} of the neurons are covered, the {comparison.kind} "
+            f"differ by {comparison.difference:.3g} (largest value {comparison.largest:.3g})"
+        )
+    return facts
+
+
+def _ready_split(split: Any) -> NeuronSplit | None:
+    if isinstance(split, NeuronSplit):
+        return split
+    if isinstance(split, Path) or (isinstance(split, str) and _is_path(split, SPLITS.names())):
+        return NeuronSplit.load(Path(split))
+    return None
+
+
+def _ready_router(router: Any) -> RouterInit | None:
+    if isinstance(router, RouterInit):
+        return router
+    if isinstance(router, Path) or (isinstance(router, str) and _is_path(router, ROUTERS.names())):
+        return RouterInit.load(Path(router))
+    return None
+
+
+def _is_path(text: str, names: Sequence[str]) -> bool:
+    # A method's name wins over a file of that name; write ./random for the file.
+    return text not in names and (
+        "/" in text or text.endswith(".safetensors") or Path(text).exists()
+    )
+
+
+def _check_choice(given: str, allowed: Sequence[str], name: str) -> None:
+    if given not in allowed:
+        raise UserError(f"{name}={given!r} was given. Use one of: {', '.join(allowed)}.")
+
+
+def _check_top_k(top_k: int, experts: int, shared: int) -> None:
+    if top_k > experts:
+        raise UserError(
+            f"top_k={top_k} but the model has {experts} experts. "
+            "Lower top_k or split into more experts."
+        )
+    if top_k <= shared:
+        what = f"{shared} are shared and always on" if shared else "none would be active"
+        raise UserError(
+            f"top_k={top_k} counts all active experts, and {what}. "
+            f"Give top_k at least {shared + 1}."
+        )
+
+
+def _check_split(
+    division: NeuronSplit, dense: DenseModel, experts: int | None, shared: int
+) -> None:
+    path = dense.checkpoint.path
+    if (division.layers, division.width) != (dense.layers, dense.width):
+        raise UserError(
+            f"The split is for {division.layers} layers of {division.width} neurons, {path} has "
+            f"{dense.layers} layers of {dense.width}. Make a split of this model."
+        )
+    for name, layers in (("routed", division.experts), ("shared", division.shared)):
+        sums = {sum(len(ids) for ids in layer) for layer in layers}
+        if len(sums) > 1:
+            raise UserError(
+                f"The {name} experts of the split hold {min(sums)} to {max(sums)} neurons a layer, "
+                "but LLaMA-MoE has one intermediate_size. Make a split with equal sums."
+            )
+    total = division.num_experts + division.num_shared
+    if experts not in (None, total):
+        raise UserError(
+            f"experts={experts} but the split has {total} experts, shared ones included. "
+            "Leave experts out or make another split."
+        )
+    if shared not in (0, division.num_shared):
+        raise UserError(
+            f"shared={shared} but the split has {division.num_shared} shared experts. "
+            "Leave shared out or make another split."
+        )
+
+
+def _check_routed(router: RouterInit | None, dense: DenseModel, routed: int) -> None:
+    if router is None:
+        return
+    given = (len(router.layers), router.num_experts, router.hidden)
+    if given != (dense.layers, routed, dense.hidden):
+        raise UserError(
+            f"The router init is for {given[0]} layers, {given[1]} experts and hidden size "
+            f"{given[2]}; needed are {dense.layers}, {routed} and {dense.hidden}. "
+            "Make a router init for this model and split."
+        )
+
+
+def _scale(
+    scale: Any,
+    dense: DenseModel,
+    division: NeuronSplit,
+    router: RouterInit,
+    selects: int,
+    data: Any,
+) -> float | list[float]:
+    if scale == "auto":
+        return division.num_experts / selects
+    if scale == "layerwise":
+        from moesaic.construct.scale import layer_scales
+
+        return layer_scales(dense, division, router, top_k=selects, data=data)
+    if isinstance(scale, str):
+        raise UserError(f"scale={scale!r} was given. Use auto, layerwise, or a number.")
+    if isinstance(scale, Sequence):
+        if len(scale) != dense.layers:
+            raise UserError(
+                f"{len(scale)} scale factors were given for {dense.layers} layers. "
+                "Give one number, or one per layer."
+            )
+        return [float(factor) for factor in scale]
+    return float(scale)

@@ -1,0 +1,257 @@
+"""The dense model that experts are made of: a LLaMA or Mistral checkpoint, checked before use.
+
+Notation: L layers, D hidden size, F neurons of a feed-forward layer. Neuron j is row j of gate_proj
+and up_proj [F, D] and column j of down_proj [D, F].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moesaic.core.errors import UserError, nearest
+from moesaic.models.checkpoint import Checkpoint
+
+HEADS: Mapping[str, tuple[str, ...]] = {
+    "Model": (),
+    "ForCausalLM": ("lm_head.weight",),
+    "ForSequenceClassification": ("score.weight",),
+    "ForQuestionAnswering": ("qa_outputs.weight", "qa_outputs.bias"),
+}
+"""The tensors outside the decoder, by the part of the class name that follows the family's."""
+
+
+@dataclass(frozen=True)
+class DenseModel:
+    """A dense LLaMA or Mistral whose tensors were found to be all there and of the right shape."""
+
+    checkpoint: Checkpoint
+    config: dict[str, Any]
+    """config.json with the family's defaults filled in."""
+    head: str
+    """What follows the family in the class name: a key of `HEADS`."""
+    prefix: str
+    """What precedes `layers.` in the tensor names: `model.`, `transformer.` or nothing."""
+
+    @property
+    def layers(self) -> int:
+        """L."""
+        return int(self.config["num_hidden_layers"])
+
+    @property
+    def width(self) -> int:
+        """F."""
+        return int(self.config["intermediate_size"])
+
+    @property
+    def hidden(self) -> int:
+        """D."""
+        return int(self.config["hidden_size"])
+
+    @property
+    def activation(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The activation between gate_proj and the product with up_proj."""
+        from transformers.activations import ACT2FN
+
+        return ACT2FN[self.config["hidden_act"]]
+
+    def ffn(self, layer: int) -> tuple[str, str, str]:
+        """Names of gate_proj, up_proj and down_proj of a layer."""
+        start = f"{self.prefix}layers.{layer}.mlp."
+        return f"{start}gate_proj.weight", f"{start}up_proj.weight", f"{start}down_proj.weight"
+
+    def others(self, layer: int) -> list[str]:
+        """Names of the other tensors of a layer: attention and norms."""
+        names = list(_layer_shapes(self.config, f"{self.prefix}layers.{layer}."))
+        return [name for name in names if name not in self.ffn(layer)]
+
+    def outer(self) -> tuple[list[str], list[str]]:
+        """Names of the tensors before and after the layers: embeddings; norm and head."""
+        after = [f"{self.prefix}norm.weight", *_head_names(self.head, self.config)]
+        return [f"{self.prefix}embed_tokens.weight"], after
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return one tensor. Raises UserError when it holds NaN or infinite values."""
+        tensor = self.checkpoint.read(name)
+        if not all_finite(tensor):
+            raise UserError(
+                f"{self.checkpoint.path}: {name} holds NaN or infinite values. "
+                "Repair or replace the checkpoint."
+            )
+        return tensor
+
+
+def open_dense(path: Path | str) -> DenseModel:
+    """Open a dense LLaMA or Mistral directory and check config, tensor names, shapes and types.
+
+    Raises:
+        UserError: a missing or truncated file, another kind of model, a sliding window that is in
+            use, biases in the feed-forward layers, quantised weights, tensors that are missing,
+            unknown or of another shape than the config says.
+    """
+    checkpoint = Checkpoint(path)
+    config = resolve_config(checkpoint)
+    head = _head(checkpoint)
+    prefix = _prefix(checkpoint)
+    shapes = expected_shapes(config, head=head, prefix=prefix)
+    for name in shapes:
+        if name not in checkpoint:
+            raise UserError(
+                f"{checkpoint.path} lacks the tensor {name} that its config.json asks for. "
+                "Is it a complete dense LLaMA?"
+            )
+        if checkpoint.shape(name) != shapes[name]:
+            raise UserError(
+                f"{checkpoint.path}: {name} is {list(checkpoint.shape(name))}, but config.json "
+                f"makes it {list(shapes[name])}. Weights and config.json do not belong together."
+            )
+        if not checkpoint.dtype(name).is_floating_point or checkpoint.dtype(name).itemsize < 2:
+            raise UserError(
+                f"{checkpoint.path}: {name} is {checkpoint.dtype(name)}, a quantised type. "
+                "Give the bf16, fp16 or fp32 checkpoint."
+            )
+    unknown = [
+        name
+        for name in checkpoint.keys()  # noqa: SIM118 - no dict
+        if name not in shapes and not _ignorable(name, config)
+    ]
+    if unknown:
+        raise UserError(
+            f"{checkpoint.path} holds {unknown[0]}, which a dense {config['model_type']} does not "
+            f"have{_more(unknown)}. Give a plain checkpoint (merge adapters first)."
+        )
+    dense = DenseModel(checkpoint, config, head, prefix)
+    first = [checkpoint.dtype(name) for name in dense.ffn(0)]
+    for layer in range(dense.layers):
+        if [checkpoint.dtype(name) for name in dense.ffn(layer)] != first:
+            raise UserError(
+                f"{checkpoint.path}: the feed-forward weights of layer {layer} are of another type "
+                "than those of layer 0. Save the checkpoint in one type."
+            )
+    return dense
+
+
+def resolve_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return config.json with the family's defaults filled in; UserError unless convertible."""
+    given = checkpoint.config
+    kind = given.get("model_type")
+    if kind not in ("llama", "mistral"):
+        hint = nearest(str(kind), ("llama", "mistral")) if kind else ""
+        raise UserError(
+            f"{checkpoint.path} is a model of type {kind!r}, not a dense LLaMA.{hint} "
+            "Give a checkpoint whose model_type is llama or mistral."
+        )
+    if given.get("quantization_config"):
+        raise UserError(f"{checkpoint.path} is quantised. Give the bf16, fp16 or fp32 checkpoint.")
+    if given.get("mlp_bias"):
+        raise UserError(
+            f"{checkpoint.path} has mlp_bias=true, but experts have no bias. "
+            "Give a LLaMA without biases in its feed-forward layers."
+        )
+    from transformers import LlamaConfig, MistralConfig
+
+    family = LlamaConfig if kind == "llama" else MistralConfig
+    fields = {key: value for key, value in given.items() if key != "model_type"}
+    try:
+        config: dict[str, Any] = family(**fields).to_dict()
+    except Exception as error:  # transformers' own validation, of many types
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{checkpoint.path / 'config.json'} is not accepted by transformers: {reason}. "
+            "Correct that field."
+        ) from error
+    window = config.get("sliding_window") if kind == "mistral" else None
+    if window is not None and window < config["max_position_embeddings"]:
+        raise UserError(
+            f"{checkpoint.path} attends through a sliding window of {window} tokens, which "
+            "LLaMA-MoE does not have. Give a Mistral without one, or set sliding_window to null "
+            "in config.json if texts stay shorter than that."
+        )
+    return config
+
+
+def expected_shapes(
+    config: Mapping[str, Any], *, head: str, prefix: str
+) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a dense model, in the order of the network."""
+    hidden, vocabulary = config["hidden_size"], config["vocab_size"]
+    shapes: dict[str, tuple[int, ...]] = {f"{prefix}embed_tokens.weight": (vocabulary, hidden)}
+    for layer in range(config["num_hidden_layers"]):
+        shapes.update(_layer_shapes(config, f"{prefix}layers.{layer}."))
+    shapes[f"{prefix}norm.weight"] = (hidden,)
+    labels = len(config.get("id2label") or {}) or 2
+    heads = {
+        "lm_head.weight": (vocabulary, hidden),
+        "score.weight": (labels, hidden),
+        "qa_outputs.weight": (2, hidden),
+        "qa_outputs.bias": (2,),
+    }
+    shapes.update({name: heads[name] for name in _head_names(head, config)})
+    return shapes
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds no NaN and no infinity."""
+    # One pass at the speed of memory; only a sum that overflowed is looked at more closely.
+    if bool(torch.isfinite(tensor.sum())):
+        return True
+    return all(bool(torch.isfinite(part).all()) for part in tensor.reshape(-1).split(1 << 24))
+
+
+def _layer_shapes(config: Mapping[str, Any], start: str) -> dict[str, tuple[int, ...]]:
+    hidden, width = config["hidden_size"], config["intermediate_size"]
+    heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
+    size = config.get("head_dim") or hidden // heads
+    shapes: dict[str, tuple[int, ...]] = {f"{start}input_layernorm.weight": (hidden,)}
+    outputs = {"q_proj": heads * size, "k_proj": groups * size, "v_proj": groups * size}
+    inputs = {**dict.fromkeys(outputs, hidden), "o_proj": heads * size}
+    for name, rows in {**outputs, "o_proj": hidden}.items():
+        shapes[f"{start}self_attn.{name}.weight"] = (rows, inputs[name])
+        if config.get("attention_bias"):
+            shapes[f"{start}self_attn.{name}.bias"] = (rows,)
+    shapes[f"{start}post_attention_layernorm.weight"] = (hidden,)
+    shapes[f"{start}mlp.gate_proj.weight"] = (width, hidden)
+    shapes[f"{start}mlp.up_proj.weight"] = (width, hidden)
+    shapes[f"{start}mlp.down_proj.weight"] = (hidden, width)
+    return shapes
+
+
+def _head(checkpoint: Checkpoint) -> str:
+    named = (checkpoint.config.get("architectures") or ["LlamaForCausalLM"])[0]
+    lowered = str(named).lower()  # the first LLaMA conversions say LLaMAForCausalLM
+    for head in HEADS:
+        if lowered in (f"llama{head}".lower(), f"mistral{head}".lower()):
+            return head
+    raise UserError(
+        f"{checkpoint.path} is a {named}. Give a LLaMA or Mistral of one of these kinds: "
+        f"{', '.join(HEADS)}."
+    )
+
+
+def _head_names(head: str, config: Mapping[str, Any]) -> tuple[str, ...]:
+    tied = head == "ForCausalLM" and config.get("tie_word_embeddings")
+    return () if tied else HEADS[head]
+
+
+def _prefix(checkpoint: Checkpoint) -> str:
+    for prefix in ("model.", "", "transformer."):
+        if f"{prefix}embed_tokens.weight" in checkpoint:
+            return prefix
+    raise UserError(
+        f"{checkpoint.path} holds no embed_tokens.weight; its tensors are called like "
+        f"{checkpoint.keys()[0] if checkpoint.keys() else '(none)'}. Give a dense LLaMA."
+    )
+
+
+def _ignorable(name: str, config: Mapping[str, Any]) -> bool:
+    # Rotary tables of old checkpoints follow from the config; a tied head repeats the embeddings.
+    tied = name == "lm_head.weight" and bool(config.get("tie_word_embeddings"))
+    return tied or name.endswith("rotary_emb.inv_freq")
+
+
+def _more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

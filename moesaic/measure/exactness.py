@@ -1,0 +1,117 @@
+"""Is a mixture the dense model it was made from? Compare them with all experts on and scores off.
+
+Notation: T tokens, D hidden size, I neurons of a block. Everything is computed in float32.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moesaic.core.errors import MoesaicError
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
+FeedForward = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""gate_proj [F, D], up_proj [F, D], down_proj [D, F]."""
+
+TOLERANCE = 1e-4
+"""Largest difference, relative to the largest value (but not to less than 1), called exact."""
+
+_BLOCK = 512
+
+
+def fixed_tokens(hidden: int, *, tokens: int = 256) -> torch.Tensor:
+    """The random inputs of the per-layer comparison, [T, D] from N(0, 1), the same every time."""
+    return torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(20240624))
+
+
+def feed_forward(x_TD: torch.Tensor, weights: FeedForward, activation: Activation) -> torch.Tensor:
+    """down(act(gate x) * up x) in float32, [T, D], a block of neurons at a time.
+
+    Only a block is ever copied to float32, so the weights may be mapped from a file.
+    """
+    gate_FD, up_FD, down_DF = weights
+    width, hidden = gate_FD.shape
+    out_TD = torch.zeros(len(x_TD), hidden)
+    rows = torch.empty(min(_BLOCK, width), hidden)
+    columns = torch.empty(hidden, min(_BLOCK, width))
+    for start in range(0, width, _BLOCK):
+        part = slice(start, min(start + _BLOCK, width))
+        size = part.stop - part.start
+        neurons_TI = activation(x_TD @ rows[:size].copy_(gate_FD[part]).T)
+        neurons_TI = neurons_TI * (x_TD @ rows[:size].copy_(up_FD[part]).T)
+        out_TD.addmm_(neurons_TI, columns[:, :size].copy_(down_DF[:, part]).T)
+    return out_TD
+
+
+@torch.inference_mode()
+def layer_difference(
+    dense: FeedForward,
+    experts: Sequence[FeedForward],
+    *,
+    activation: Activation,
+    x_TD: torch.Tensor,
+) -> tuple[float, float]:
+    """Compare a dense layer with the sum of its experts.
+
+    Returns the largest absolute difference and the largest absolute value of the dense output.
+    """
+    wanted_TD = feed_forward(x_TD, dense, activation)
+    given_TD = torch.zeros_like(wanted_TD)
+    for expert in experts:
+        given_TD += feed_forward(x_TD, expert, activation)
+    return float((wanted_TD - given_TD).abs().max()), float(wanted_TD.abs().max())
+
+
+@torch.inference_mode()
+def logit_difference(
+    dense: Path, mixture: Path, *, rows: int = 2, length: int = 48
+) -> tuple[float, float]:
+    """Compare whole models on fixed random token ids, in float32, one model in memory at a time.
+
+    The mixture runs with every expert chosen and scores switched off. Returns the largest absolute
+    difference of the outputs (logits; hidden states for a model without head) and the largest
+    absolute value of the dense outputs.
+    """
+    wanted = _outputs(dense, None, rows=rows, length=length)
+    given = _outputs(mixture, _all_experts_on, rows=rows, length=length)
+    if wanted.keys() != given.keys():
+        raise MoesaicError(f"{dense} returns {sorted(wanted)}, {mixture} returns {sorted(given)}.")
+    differences = [float((wanted[name] - given[name]).abs().max()) for name in wanted]
+    return max(differences), max(float(value.abs().max()) for value in wanted.values())
+
+
+def is_exact(difference: float, largest: float) -> bool:
+    """Whether a difference is rounding: within TOLERANCE of the largest value, at least of 1."""
+    return difference <= TOLERANCE * max(1.0, largest)
+
+
+def _outputs(
+    path: Path, prepare: Callable[[Any], None] | None, *, rows: int, length: int
+) -> dict[str, torch.Tensor]:
+    from moesaic.models.load import load
+
+    model = load(path, dtype=torch.float32)
+    model.eval()
+    if prepare is not None:
+        prepare(model)
+    vocabulary, longest = model.config.vocab_size, model.config.max_position_embeddings
+    generator = torch.Generator().manual_seed(20240624)
+    ids = torch.randint(0, vocabulary, (rows, min(length, longest)), generator=generator)
+    # A mask of ones: without it a sequence classifier looks for padding among the random ids.
+    out = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    names = ("logits", "start_logits", "end_logits", "last_hidden_state")
+    found = {name: out[name].clone() for name in names if name in out}
+    del model, out
+    gc.collect()
+    return found
+
+
+def _all_experts_on(model: Any) -> None:
+    config = model.config
+    model.set_moe_num_selects(config.num_experts)
+    model.set_moe_calculator_multiply_gate_scores(False)
