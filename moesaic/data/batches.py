@@ -1,0 +1,65 @@
+"""Real text as rows of token ids: whole documents to measure on, full rows to calibrate with."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from moesaic.core.errors import UserError
+from moesaic.data.sources import Data, Source, open_domains
+from moesaic.data.tokens import encode_batches
+
+if TYPE_CHECKING:
+    import torch
+
+
+def document_rows(
+    source: Source, tokenizer: Any, *, context: int, max_documents: int | None = None
+) -> Iterator[list[int]]:
+    """Yield one row a document: ``BOS ids EOS``, cut off after `context` tokens.
+
+    Delimiters as in packing: those the tokenizer has; one, in front, where both are the same token.
+    Documents without a token are left out.
+    """
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    front = [] if bos is None else [bos]
+    back = [] if eos is None or eos == bos else [eos]
+    texts = itertools.islice(source.documents(), max_documents)
+    for batch in encode_batches(texts, tokenizer):
+        for ids in batch:
+            if ids:
+                yield [*front, *ids[:context], *back][:context]
+
+
+def calibration_batches(
+    data: Data, tokenizer: Any, *, tokens: int, context: int = 512, batch: int = 8
+) -> Iterator[torch.Tensor]:
+    """Yield LongTensors [B, T] of real text: `tokens` in all, rounded down to full rows of `context`.
+
+    The domains take turns row by row; inside a domain, documents follow one another in their order.
+    Every row is full, so there is no mask. Raises UserError when the data holds less than one row.
+    """
+    import torch
+
+    wanted = max(1, tokens // context)
+    streams = [_rows(source, tokenizer, context) for source in open_domains(data).values()]
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*streams))
+    rows = itertools.islice((row for row in turns if row is not None), wanted)
+    empty = True
+    while chunk := list(itertools.islice(rows, batch)):
+        empty = False
+        yield torch.tensor(chunk, dtype=torch.long)
+    if empty:
+        raise UserError(
+            f"the data holds less than one row of {context} tokens. Give more text or a shorter context."
+        )
+
+
+def _rows(source: Source, tokenizer: Any, context: int) -> Iterator[list[int]]:
+    buffer: list[int] = []
+    for row in document_rows(source, tokenizer, context=1 << 62):
+        buffer += row
+        while len(buffer) >= context:
+            yield buffer[:context]
+            del buffer[:context]

@@ -1,0 +1,175 @@
+"""Token ids of a domain on disk: written once, memory-mapped from then on.
+
+A cache entry is a directory ``<tokenizer key>-<content key>`` of
+
+    ids.bin        every token of every document, no special tokens, uint16 or uint32
+    offsets.bin    int64 [documents + 1]: document i is ids[offsets[i]:offsets[i + 1]]
+    tokens.json    counts, dtype and what was tokenised
+
+Text is text: ``<s>`` in a web page is three characters, not the token that starts a document.
+Which tokens delimit documents is decided when blocks are made, so the cache serves every policy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from moesaic.core.console import progress
+from moesaic.core.errors import UserError
+from moesaic.core.files import output_directory
+from moesaic.data.sources import Data, Source, open_domains
+
+_FORMAT = 1
+_BATCH_CHARACTERS = 4_000_000
+_BATCH_DOCUMENTS = 2_000
+
+
+@dataclass(frozen=True, eq=False)
+class TokenDomain:
+    """The documents of one domain as token ids.
+
+    `ids` [tokens] and `offsets` [documents + 1] are memory-mapped. `bos` and `eos` are the ids that
+    delimit a document when blocks are made, or None; they are not in `ids`.
+    """
+
+    name: str
+    ids: np.ndarray
+    offsets: np.ndarray
+    bos: int | None = None
+    eos: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all documents, delimiters not counted."""
+        return int(self.offsets[-1])
+
+    def length(self, index: int) -> int:
+        """Tokens of one document, delimiters not counted."""
+        return int(self.offsets[index + 1] - self.offsets[index])
+
+    def document(self, index: int) -> np.ndarray:
+        """Return the ids of one document, int64 [tokens], without delimiters."""
+        return self.ids[self.offsets[index] : self.offsets[index + 1]].astype(np.int64)
+
+    @classmethod
+    def from_documents(
+        cls, name: str, documents: Iterable[Any], *, bos: int | None = None, eos: int | None = None
+    ) -> TokenDomain:
+        """Make a domain of lists of ids that are in memory."""
+        arrays = [np.asarray(document, dtype=np.int64) for document in documents]
+        offsets = np.zeros(len(arrays) + 1, dtype=np.int64)
+        np.cumsum([len(array) for array in arrays], out=offsets[1:])
+        ids = np.concatenate(arrays) if arrays else np.empty(0, dtype=np.int64)
+        return cls(name, ids, offsets, bos, eos)
+
+
+def open_tokens(
+    data: Data, tokenizer: Any, *, cache: Path | str | None = None
+) -> dict[str, TokenDomain]:
+    """Tokenise every domain of `data`, or find it in the cache; `cache` None: `cache_directory()`.
+
+    `tokenizer` is a transformers tokenizer, best a fast one. Raises UserError for faults in the data
+    and for a domain without a single token.
+    """
+    sources = open_domains(data)
+    folder = cache_directory() if cache is None else Path(cache)
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    opened = {}
+    for name, source in sources.items():
+        path = folder / f"{fingerprint[:16]}-{source_fingerprint(source, folder)[:32]}"
+        if not (path / "tokens.json").is_file():
+            _write(path, source, tokenizer, name)
+        opened[name] = _open(path, name, tokenizer)
+    return opened
+
+
+def cache_directory() -> Path:
+    """Return where token ids are kept: $MOESAIC_CACHE, or moesaic in the user's cache folder."""
+    if given := os.environ.get("MOESAIC_CACHE"):
+        return Path(given).expanduser() / "tokens"
+    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(root).expanduser() / "moesaic" / "tokens"
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Return a key of what decides ids: the model, its rules and added tokens, not its padding."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        rules = json.loads(backend.to_str())
+        rules["truncation"] = rules["padding"] = None
+        facts: Any = rules
+    else:
+        facts = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+    text = json.dumps([_FORMAT, facts], sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def encode_batches(texts: Iterable[str], tokenizer: Any) -> Iterator[list[list[int]]]:
+    """Tokenise documents a few megabytes at a time, without special tokens; batches of id lists."""
+    encode = _encoder(tokenizer)
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
+            yield encode(batch)
+            batch, size = [], 0
+    if batch:
+        yield encode(batch)
+
+
+def _encoder(tokenizer: Any) -> Any:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return lambda batch: tokenizer(batch, add_special_tokens=False)["input_ids"]
+    own = type(backend).from_str(backend.to_str())  # the caller's truncation and padding stay
+    own.no_truncation()
+    own.no_padding()
+    own.encode_special_tokens = True
+    return lambda batch: [
+        found.ids for found in own.encode_batch_fast(batch, add_special_tokens=False)
+    ]
+
+
+def source_fingerprint(source: Source, folder: Path) -> str:
+    """Return the source's fingerprint."""
+    return source.fingerprint()
+
+
+def _write(path: Path, source: Source, tokenizer: Any, name: str) -> None:
+    width = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
+    offsets = [0]
+    with contextlib.suppress(FileExistsError), output_directory(path, overwrite=True) as partial:
+        with (partial / "ids.bin").open("wb") as file, progress(f"tokenising {name}") as bar:
+            for batch in encode_batches(source.documents(), tokenizer):
+                for ids in batch:
+                    file.write(np.asarray(ids, dtype=width).tobytes())
+                    offsets.append(offsets[-1] + len(ids))
+                bar.advance(len(batch), tokens=offsets[-1])
+        (partial / "offsets.bin").write_bytes(np.asarray(offsets, dtype=np.int64).tobytes())
+        facts = {"documents": len(offsets) - 1, "tokens": offsets[-1], "dtype": width.__name__}
+        (partial / "tokens.json").write_text(json.dumps(facts))
+
+
+def _open(path: Path, name: str, tokenizer: Any) -> TokenDomain:
+    facts = json.loads((path / "tokens.json").read_text())
+    if facts["tokens"] == 0:
+        raise UserError(f"the domain '{name}' holds no token. Give it text, or leave it out.")
+    ids = np.memmap(path / "ids.bin", dtype=facts["dtype"], mode="r")
+    offsets = np.memmap(path / "offsets.bin", dtype=np.int64, mode="r")
+    return TokenDomain(name, ids, offsets, tokenizer.bos_token_id, tokenizer.eos_token_id)
