@@ -10,10 +10,11 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "moesaic"
 LEVELS = [
     {"core"},
+    {"recipes"},  # YAML files and how to find them
     {"models", "kernels"},
     {"data"},
     {"measure"},
-    {"construct", "training", "routing", "evaluate", "generation", "report", "hub", "plan"},
+    {"construct", "train", "routing", "evaluate", "generation", "report", "hub", "plan"},
     {"integrations"},
     {"cli", "demo", "__init__", "__main__"},
 ]

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from moesaic.core.config import Config
 
-DataSource = str | dict[str, Any]
+DataSource = str | dict[str, str | list[str]]
 
 
 class DynamicConfig(Config):
@@ -44,9 +44,9 @@ class DataConfig(Config):
     block_size: int = Field(512, ge=2)
     """Tokens in a sequence."""
     max_epochs: float | None = Field(None, gt=0)
-    """Stop with an error before a domain is repeated more often than this; None: repeat without end."""
+    """Stop with an error once a domain has been read this often; None: shuffle it anew, without end."""
     cache: Path | None = None
-    """Folder for tokenised text; None: `cache` inside the output directory."""
+    """Folder for tokenised text; None: $MOESAIC_CACHE, else the user's cache folder."""
 
 
 class BatchConfig(Config):

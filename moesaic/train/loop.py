@@ -14,7 +14,7 @@ import math
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,39 @@ def read_config(
     return settings
 
 
+def plan(config: TrainConfig) -> dict[str, Any]:
+    """Check a config as far as is possible without loading weights; return what the run would do.
+
+    Returns the resolved config, updates, tokens, parameters, and tokens, weight and passes per domain.
+    Writes nothing but the token cache. Raises UserError for whatever `train` would refuse.
+    """
+    where = setup.device(config.device)
+    model = setup.empty_model(config)
+    set_balance_coefficient(model, config.balance.coefficient)
+    parameters, active = setup.count_parameters(model)
+    stream = setup.open_data(config, setup.load_tokenizer(config)).stream
+    tokens = config.total_steps * config.tokens_per_step
+    return {
+        "config": config.model_dump(mode="json"),
+        "architecture": type(model).__name__,
+        "parameters": parameters,
+        "active_parameters": active,
+        "device": str(where),
+        "precision": setup.precision(config.precision, where),
+        "updates": config.total_steps,
+        "tokens_per_update": config.tokens_per_step,
+        "tokens": tokens,
+        "domains": {
+            name: {
+                "tokens": packed.epoch_tokens,
+                "weight": round(stream.weights[name], 6),
+                "epochs": round(stream.weights[name] * tokens / packed.epoch_tokens, 3),
+            }
+            for name, packed in stream.domains.items()
+        },
+    }
+
+
 @dataclass
 class Run:
     """A training run in progress: everything that a saved state restores, and what stays the same."""
@@ -122,8 +155,8 @@ class Run:
         self.tokenizer = setup.load_tokenizer(config)
         self.coefficient = set_balance_coefficient(self.model, config.balance.coefficient)
         self.parameters, self.active = setup.count_parameters(self.model)
-        self.data = setup.open_data(config, self.tokenizer, self.path)
-        self.weights = dict(self.data.weights)
+        self.data = setup.open_data(config, self.tokenizer)
+        self.weights = dict(self.data.stream.weights)
         self.optimizer = Optimizer(self.model, config.optimizer)
         self.schedule = Schedule(
             config.schedule, peak=config.optimizer.lr, total=config.total_steps
@@ -136,13 +169,12 @@ class Run:
 
     def _restore(self, folder: Path, facts: Mapping[str, Any]) -> None:
         self.step = int(facts["step"])
-        self.weights = dict(facts["weights"])
         self.drawn = Counter(facts["drawn"])
         self.seconds = float(facts["seconds"])
         self.held_out = facts["held_out"]
         self.window.load(facts["window"], self.device)
         self.data.stream.load_state_dict(facts["cursor"])
-        self.data.stream.set_weights(self.weights)
+        self.weights = dict(self.data.stream.weights)
         # Last, so that nothing above draws from the generators it sets.
         state.restore_state(folder, model=self.model, optimizer=self.optimizer, facts=facts)
         note(f"resumed from update {self.step} of {self.config.total_steps} ({folder})")
@@ -261,7 +293,8 @@ class Run:
         if self.data.valid is None:
             return
         with self.clock:
-            losses = setup.evaluate(self)
+            with self._autocast() or nullcontext():
+                losses = setup.evaluate(self.config, self.model, self.tokenizer, self.data.valid)
             self.held_out = losses
             log.write("evaluate", self.step, tokens=self.step * self.config.tokens_per_step, loss=losses)
             dynamic = self.config.data.dynamic
@@ -275,6 +308,7 @@ class Run:
                     smoothing=dynamic.smoothing,
                 )
                 self.data.stream.set_weights(self.weights)
+                self.weights = dict(self.data.stream.weights)
                 self.cursor = self.data.stream.state_dict()
 
     def _save(self) -> None:
@@ -285,7 +319,6 @@ class Run:
                 "config": self.config.trajectory(),
                 "model": self.config.model,
                 "cursor": self.cursor,
-                "weights": self.weights,
                 "drawn": dict(self.drawn),
                 "window": self.window.state(),
                 "seconds": self.seconds,

@@ -3,39 +3,39 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from moesaic.core.errors import UserError
+from moesaic.data import MixtureStream, Source, open_domains, open_mixture
+from moesaic.measure import held_out_loss
 from moesaic.train.config import TrainConfig
-from moesaic.train.weights import domain_weights, reference_losses
+from moesaic.train.weights import reference_losses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from moesaic.train.loop import Run
 
 Precision = Literal["fp32", "mixed", "bf16"]
 
 
 @dataclass
 class Data:
-    """The training stream, the domains' first weights and the held-out text."""
+    """The training stream and the held-out text."""
 
-    stream: Any
-    weights: dict[str, float]
-    tokens: dict[str, int]
-    block_size: int
-    valid: Any
+    stream: MixtureStream
+    valid: dict[str, Source] | None
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """Tokens of one pass over each domain."""
+        return {name: packed.epoch_tokens for name, packed in self.stream.domains.items()}
 
     def epochs(self, drawn: Counter[str]) -> dict[str, float]:
         """Return how often each domain has been read, from the number of its blocks drawn."""
         return {
-            name: round(drawn[name] * self.block_size / tokens, 4)
+            name: round(drawn[name] * self.stream.block / tokens, 4)
             for name, tokens in self.tokens.items()
         }
 
@@ -70,15 +70,33 @@ def load_model(config: TrainConfig, where: torch.device, how: Precision) -> PreT
     model = load(
         config.model, dtype=torch.bfloat16 if how == "bf16" else torch.float32, **options
     )
+    _check_length(config, model)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.to(where)
+
+
+def empty_model(config: TrainConfig) -> PreTrainedModel:
+    """Build the model without weights, to check a config against it."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    import moesaic.models  # noqa: F401 - registers our model types
+    from moesaic.models.checkpoint import Checkpoint
+
+    Checkpoint(config.model)  # its errors name the missing or damaged file
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.model))
+    _check_length(config, model)
+    return model
+
+
+def _check_length(config: TrainConfig, model: PreTrainedModel) -> None:
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and config.data.block_size > limit:
         raise UserError(
             f"data.block_size={config.data.block_size} but the model reads at most {limit} positions. "
             "Lower data.block_size."
         )
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model.to(where)
 
 
 def source_dtype(config: TrainConfig) -> str:
@@ -109,3 +127,48 @@ def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
 
     found = anatomy(model)
     return found.params_total, found.params_active
+
+
+def open_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Data:
+    """Open the training stream and the held-out text; tokenise what is not in the cache yet.
+
+    Raises UserError for faults in the data, and when dynamic weights lack a loss for some domain.
+    """
+    data = config.data
+    valid = None if data.valid is None else open_domains(data.valid)
+    stream = open_mixture(
+        data.train,
+        tokenizer,
+        block=data.block_size,
+        weights=data.weights,
+        seed=config.seed,
+        cache=data.cache,
+        max_epochs=data.max_epochs,
+    )
+    if data.dynamic is not None:
+        names = list(stream.domains)
+        reference_losses(data.dynamic.reference, names)
+        absent = [name for name in names if name not in (valid or {})]
+        if absent:
+            raise UserError(
+                f"data.dynamic needs a held-out loss for '{absent[0]}', but data.valid has only: "
+                f"{', '.join(valid or {})}. Add it to data.valid."
+            )
+    return Data(stream, valid)
+
+
+def evaluate(
+    config: TrainConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    valid: dict[str, Source],
+) -> dict[str, float]:
+    """Return held-out loss per domain and its mean, nats a token (moesaic.measure.held_out_loss)."""
+    return held_out_loss(
+        model,
+        tokenizer,
+        valid,
+        context=config.evaluate.context or config.data.block_size,
+        batch_size=config.evaluate.batch,
+        max_documents=config.evaluate.documents,
+    )
