@@ -1,0 +1,179 @@
+"""Which model a name means (directory, hub id or alias) and what its config.json says it is.
+
+A model_type alone misleads (LLaMA-MoE-v2 calls itself mixtral, MiniCPM has none), so the whole
+config is looked at before any class is chosen, and a family that would load but compute something
+other than its original is refused with the reason.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from moesaic.core.config import Config, parse, read_yaml
+from moesaic.core.errors import UserError, nearest
+
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token", "subfolder")
+_LLAMA_MOE_V2 = (  # fields of the second LLaMA-MoE, whose released configs say "mixtral"
+    "scale_factor",
+    "moe_type",
+    "num_moe_contract_layers",
+    "use_attn_moe",
+    "intermediate_size_residual",
+    "add_rescale_bias",
+)
+
+
+class Entry(Config):
+    """One model of the catalog."""
+
+    hub: str | None
+    """Hub id; None where it is not public."""
+    family: str
+    """The family's model_type in moesaic."""
+    loads: bool
+    """Whether this version loads it."""
+    by: str | None = None
+    """Whose class computes it: moesaic or transformers."""
+    note: str = ""
+    """Why it does not load, or what differs from the original."""
+    also: tuple[str, ...] = ()
+    """Further aliases."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that was found: the name given, where it lies, and its config.json."""
+
+    name: str
+    location: str
+    """The directory or hub id."""
+    directory: Path | None
+    """The directory, when it is local."""
+    config: dict[str, Any]
+
+
+@cache
+def catalog() -> dict[str, Entry]:
+    """Return the 27 models by alias."""
+    path = Path(__file__).with_name("catalog.yaml")
+    return {alias: parse(Entry, row, source=str(path)) for alias, row in read_yaml(path).items()}
+
+
+def find(model: str | Path, **options: Any) -> Source:
+    """Find a model and read its config.json.
+
+    An existing directory wins over an alias, an alias over a hub id. A Path is never looked for on
+    the hub. `options` are those of `from_pretrained`; the hub's are used (revision, token,
+    local_files_only, ...).
+
+    Raises:
+        UserError: nothing of that name, a directory without a readable config.json, or a hub id
+            that cannot be fetched.
+    """
+    name = str(model)
+    path = Path(model).expanduser()
+    if path.exists():
+        path = path / str(options.get("subfolder") or "")
+        return Source(name, str(path), path, _read_config(path))
+    hub = _hub_id(model)
+    if hub is None:
+        raise UserError(
+            f"{name} does not exist.{nearest(name, _aliases())} Give a model directory, a hub id "
+            f"(organisation/name) or an alias ({', '.join(sorted(catalog()))})."
+        )
+    return Source(name, hub, None, _fetch_config(name, hub, options))
+
+
+def refusal(config: Mapping[str, Any]) -> str | None:
+    """Say why this version does not load a model with this config.json, or return None."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    model_type = config.get("model_type")
+    if not model_type:
+        classes = ", ".join(config.get("architectures") or ()) or "no architecture"
+        return f"config.json names no model_type (and {classes})"
+    if model_type == "mixtral" and (marks := [key for key in _LLAMA_MOE_V2 if key in config]):
+        return (
+            f"it is a LLaMA-MoE-v2 (config.json has {marks[0]}) that calls itself mixtral; loaded "
+            "as one it would compute something else"
+        )
+    if model_type == "jetmoe" and "n_embd" in config and "hidden_size" not in config:
+        return "its config.json uses GPT-style names (n_embd, n_layer), which transformers ignores"
+    if model_type == "nllb-moe":
+        return "transformers sends tokens to the wrong experts of this family"
+    if model_type == "deepseek_v2" and config.get("norm_topk_prob"):
+        return "transformers ignores norm_topk_prob of this family"
+    if model_type not in CONFIG_MAPPING:
+        return f"model_type '{model_type}' is known neither to moesaic nor to transformers"
+    return None
+
+
+def caveat(config: Mapping[str, Any]) -> str | None:
+    """Say where transformers' class differs from the original code of a model, or return None."""
+    model_type = config.get("model_type")
+    if model_type == "switch_transformers":
+        return "tokens over an expert's capacity give zero, where the original passes them on"
+    original = config.get("original_max_position_embeddings")
+    if model_type == "phimoe" and config.get("rope_scaling") and original:
+        return f"beyond {original} tokens transformers' long RoPE differs from the original"
+    return None
+
+
+def _aliases() -> dict[str, Entry]:
+    found = dict(catalog())
+    for entry in catalog().values():
+        found |= dict.fromkeys(entry.also, entry)
+    return found
+
+
+def _hub_id(model: str | Path) -> str | None:
+    entry = _aliases().get(str(model))
+    if entry is not None:
+        if entry.hub is None:
+            raise UserError(f"{model}: {entry.note}. Give a directory that holds it.")
+        return entry.hub
+    parts = str(model).split("/")
+    if isinstance(model, Path) or len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
+        return None
+    # runs/typo in a place that has a directory runs/ is a wrong path, not a hub id
+    return None if Path(parts[0]).exists() else str(model)
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    if not directory.is_dir():
+        raise UserError(f"{directory} is a file. Give the directory that holds config.json.")
+    file = directory / "config.json"
+    if not file.is_file():
+        raise UserError(f"{directory} has no config.json. Give a model directory.")
+    return _parse_config(file)
+
+
+def _fetch_config(name: str, hub: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    from transformers.utils import cached_file
+
+    wanted = {key: options[key] for key in _HUB_OPTIONS if key in options}
+    try:
+        file = cached_file(hub, "config.json", **wanted)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split("\n")[0].split())
+        where = name if name == hub else f"{name} ({hub})"
+        raise UserError(
+            f"{where} is no local directory, and its config.json could not be had from the hub: "
+            f"{reason} Check the name and the network, or give a directory."
+        ) from error
+    return _parse_config(Path(str(file)))
+
+
+def _parse_config(file: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is no valid JSON ({error}). Download it again.") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{file} holds a {type(config).__name__}, not an object.")
+    return config

@@ -1,0 +1,198 @@
+"""Load a model by path, hub id or alias: every weight accounted for, no remote code."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import logging as hub_logging
+
+from moesaic import kernels
+from moesaic.core.console import note
+from moesaic.core.errors import UserError
+from moesaic.models.catalog import Source, caveat, find, refusal
+from moesaic.models.checkpoint import Checkpoint
+
+HARMLESS = ("rotary_emb.inv_freq",)
+"""Endings of tensor names that old checkpoints hold and that are computed, never read."""
+_BAR_FROM = 2 * 10**9  # bytes: smaller models load before a progress bar is worth a line
+_ELSEWHERE = ("variant", "gguf_file", "state_dict", "use_safetensors")  # weights lie elsewhere
+
+
+def load(model: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """Load a model in eval mode: the class that config.json names, with all of its weights.
+
+    Args:
+        model: a directory, a hub id (organisation/name) or an alias of the catalog.
+        kwargs: every keyword of transformers' `from_pretrained` (`dtype`, `device_map`,
+            `attn_implementation`, ...). `experts_implementation` defaults to "moesaic" where the
+            class has replaceable experts.
+
+    Raises:
+        UserError: no such model; a family that this version does not load right; a missing,
+            truncated or unreadable file; a weight that is missing, unexpected, of another shape
+            or left at its random start (the tensors are listed; `ignore_mismatched_sizes=True`
+            accepts other shapes); `trust_remote_code=True`, since remote code is never run.
+    """
+    if kwargs.pop("trust_remote_code", False):
+        raise UserError("trust_remote_code=True: moesaic never runs remote code. Leave it out.")
+    source = find(model, **kwargs)
+    reason = refusal(source.config)
+    if reason is not None:
+        raise UserError(f"{source.name} is not loaded: {reason}.")
+    if (text := caveat(source.config)) is not None:
+        note(f"{source.name}: {text}.")
+    cls = model_class(source.config, source=source.name)
+    size = 0
+    if source.directory is not None and not any(kwargs.get(key) for key in _ELSEWHERE):
+        size = sum(file.stat().st_size for file in Checkpoint(source.directory).files)
+    if cls._can_set_experts_implementation():
+        kwargs.setdefault("experts_implementation", kernels.NAME)
+    tolerant = kwargs.pop("ignore_mismatched_sizes", False)
+    with _quiet(bar=size >= _BAR_FROM or source.directory is None) as report:
+        loaded, info = _from_pretrained(cls, source, kwargs, report)
+    _check_weights(info, cls, source, tolerant=tolerant)
+    return loaded
+
+
+def model_class(config: Mapping[str, Any], *, source: str = "config.json") -> type[PreTrainedModel]:
+    """Return the class that a config.json names in `architectures`, or its family's causal LM.
+
+    Capitals do not count: JetMoE's own files say JetMoEForCausalLM for JetMoeForCausalLM. Raises
+    UserError when neither moesaic nor transformers has the class.
+    """
+    config_class = CONFIG_MAPPING[config["model_type"]]
+    registered = [
+        auto._model_mapping[config_class]
+        for name, auto in vars(modeling_auto).items()
+        if name.startswith("AutoModel")
+        and hasattr(auto, "_model_mapping")
+        and config_class in auto._model_mapping
+    ]
+    classes = [
+        cls for entry in registered for cls in (entry if isinstance(entry, tuple) else (entry,))
+    ]
+    names = config.get("architectures") or []
+    if names:
+        wanted = names[0].lower()
+        found = [cls for cls in classes if cls.__name__.lower() == wanted]
+        named = getattr(transformers, names[0], None)  # a class without an Auto class of its own
+        if not found and isinstance(named, type) and issubclass(named, PreTrainedModel):
+            found = [named]
+    else:
+        causal = [cls for cls in classes if cls.__name__.endswith("ForCausalLM")]
+        found = causal or classes
+    if not found:
+        known = ", ".join(sorted({cls.__name__ for cls in classes}))
+        raise UserError(
+            f"{source}: there is no class {names[0] if names else 'for this model'}. "
+            f"model_type {config['model_type']} has: {known}."
+        )
+    return found[0]
+
+
+def _from_pretrained(
+    cls: type[PreTrainedModel], source: Source, kwargs: dict[str, Any], report: _Report
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    if source.directory is not None:
+        kwargs.pop("subfolder", None)
+    try:
+        # Mismatched sizes are taken here and refused below, where all of them are listed.
+        loaded, info = cls.from_pretrained(
+            source.location,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
+            **kwargs,
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        if isinstance(error, UserError) or getattr(error, "errno", None) is not None:
+            raise
+        raise UserError(f"{source.name} cannot be loaded: {_one_line(error)}") from error
+    except RuntimeError as error:
+        detail = report.conversions()
+        if not detail and "state_dict" not in str(error):
+            raise
+        raise UserError(
+            f"{source.name}: its weights do not fit {cls.__name__}: {detail or _one_line(error)}"
+        ) from error
+    return loaded, info
+
+
+def _check_weights(
+    info: Mapping[str, Any], cls: type[PreTrainedModel], source: Source, *, tolerant: bool
+) -> None:
+    other_shape = {key for key, *_ in info["mismatched_keys"]}
+    problems = {
+        "missing": set(info["missing_keys"]) - other_shape,
+        "unexpected": {key for key in info["unexpected_keys"] if not key.endswith(HARMLESS)},
+        "of another shape": {
+            f"{key} {list(found)} for {list(wanted)}"
+            for key, found, wanted in info["mismatched_keys"]
+        },
+    }
+    if tolerant:
+        del problems["of another shape"]
+    told = [f"{len(keys)} {what} ({_listed(keys)})" for what, keys in problems.items() if keys]
+    if told:
+        raise UserError(
+            f"{source.name}: its weights do not fit {cls.__name__}: {'; '.join(told)}. "
+            "Check that config.json belongs to these weights and that no file is missing."
+        )
+
+
+def _listed(keys: Iterable[str], most: int = 20) -> str:
+    keys = sorted(keys)
+    more = f", and {len(keys) - most} more" if len(keys) > most else ""
+    return ", ".join(keys[:most]) + more
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:400]
+
+
+class _Report(logging.Filter):
+    """Keeps transformers' report on the weights to itself: here what it tells is an error."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if "LOAD REPORT" not in record.getMessage():
+            return True
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", record.getMessage())
+        self.lines = [line.strip() for line in plain.splitlines()]
+        return False
+
+    def conversions(self) -> str:
+        """What could not be converted, on one line."""
+        rows = [line for line in self.lines if "CONVERSION" in line and "|" in line]
+        return "; ".join(" ".join(row.replace("|", " ").split()) for row in rows)[:1000]
+
+
+@contextlib.contextmanager
+def _quiet(*, bar: bool) -> Iterator[_Report]:
+    """Catch transformers' report on the weights and drop its short-lived progress bars."""
+    logger, report = logging.getLogger("transformers.modeling_utils"), _Report()
+    bars = hub_logging.is_progress_bar_enabled()
+    logger.addFilter(report)
+    if not bar:
+        hub_logging.disable_progress_bar()
+    try:
+        yield report
+    finally:
+        logger.removeFilter(report)
+        if bars:
+            hub_logging.enable_progress_bar()
