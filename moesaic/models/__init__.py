@@ -1,7 +1,8 @@
-"""Model families that transformers lacks or gets wrong, one file each. Importing this room registers them.
+"""Model families that transformers lacks or gets wrong, one file each. Importing this room
+registers them.
 
-After `import moesaic.models`, transformers' Auto classes load them from a path without remote code, and the experts
-implementation "moesaic" is known.
+After `import moesaic.models`, transformers' Auto classes load them from a path without remote code,
+and the experts implementation "moesaic" is known.
 """
 
 from __future__ import annotations
@@ -23,6 +24,13 @@ from moesaic.models.llama_moe import (
     LlamaMoEForSequenceClassification,
     LlamaMoEModel,
 )
+from moesaic.models.llama_moe_residual import (
+    LlamaMoEResidualConfig,
+    LlamaMoEResidualForCausalLM,
+    LlamaMoEResidualForQuestionAnswering,
+    LlamaMoEResidualForSequenceClassification,
+    LlamaMoEResidualModel,
+)
 
 __all__ = [
     "LlamaMoEConfig",
@@ -30,6 +38,11 @@ __all__ = [
     "LlamaMoEForQuestionAnswering",
     "LlamaMoEForSequenceClassification",
     "LlamaMoEModel",
+    "LlamaMoEResidualConfig",
+    "LlamaMoEResidualForCausalLM",
+    "LlamaMoEResidualForQuestionAnswering",
+    "LlamaMoEResidualForSequenceClassification",
+    "LlamaMoEResidualModel",
 ]
 
 _AUTO = (
@@ -45,6 +58,13 @@ _FAMILIES = (
         LlamaMoEForCausalLM,
         LlamaMoEForSequenceClassification,
         LlamaMoEForQuestionAnswering,
+    ),
+    (
+        LlamaMoEResidualConfig,
+        LlamaMoEResidualModel,
+        LlamaMoEResidualForCausalLM,
+        LlamaMoEResidualForSequenceClassification,
+        LlamaMoEResidualForQuestionAnswering,
     ),
 )
 

@@ -1,7 +1,8 @@
 """Calculators of LLaMA-MoE: run the chosen experts on each token and add up what they give.
 
-Source: LLaMA-MoE (arXiv 2406.16554) section 3; capacity from Switch Transformers (arXiv 2101.03961).
-The product score * scale goes into the routing weights, so every experts implementation of transformers applies.
+Source: LLaMA-MoE (arXiv 2406.16554) section 3; capacity from Switch Transformers (arXiv
+2101.03961). The product score * scale goes into the routing weights, so every experts
+implementation of transformers applies.
 
 Notation: T tokens, D hidden size, E experts, K chosen experts of a token.
 """
@@ -29,10 +30,11 @@ class WeightNorm(nn.Module):
 
 
 class UniversalCalculator(nn.Module):
-    """y = sum over the chosen experts of score * scale * expert(x); without scores, the plain sum (no scale either).
+    """Add up score * scale * expert(x) of the chosen experts; without scores, the plain sum.
 
-    `experts` is a module called as `experts(x_TD, ids_TK, weights_TK)`. `add_weight_norm` makes the scale a learned
-    scalar; it needs `multiply_gate_scores`.
+    `experts` is a module called as `experts(x_TD, ids_TK, weights_TK)`. `add_weight_norm` makes the
+    scale a learned scalar; it needs `multiply_gate_scores`. `bias_size=D` adds one learned vector
+    to every token's sum: the bias of the dense model's down projection, which belongs to no neuron.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class UniversalCalculator(nn.Module):
         drop_tokens: bool = True,
         dropped_padding: DroppedPadding = "zero",
         capacity_factor: float = 1.25,
+        bias_size: int | None = None,
     ) -> None:
         super().__init__()
         if dropped_padding not in ("zero", "input"):
@@ -58,6 +61,7 @@ class UniversalCalculator(nn.Module):
         self.randomness = Randomness()
         learned = multiply_gate_scores and add_weight_norm
         self.mlp_norm = WeightNorm(score_scale_factor) if learned else None
+        self.bias_down = None if bias_size is None else nn.Parameter(torch.zeros(bias_size))
 
     def forward(
         self,
@@ -68,7 +72,7 @@ class UniversalCalculator(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return y_TD and the number of dropped tokens: -1, since this calculator never drops."""
         y_TD = self.experts(x_TD, ids_TK, self._scaled(weights_TK))
-        return y_TD, _nothing_to_drop(ids_TK)
+        return self._with_bias(y_TD), _nothing_to_drop(ids_TK)
 
     def _scaled(self, weights_TK: torch.Tensor) -> torch.Tensor:
         if not self.multiply_gate_scores:
@@ -77,12 +81,15 @@ class UniversalCalculator(nn.Module):
             return weights_TK * self.mlp_norm.weight.to(weights_TK.dtype)
         return weights_TK * self.score_scale_factor
 
+    def _with_bias(self, y_TD: torch.Tensor) -> torch.Tensor:
+        return y_TD if self.bias_down is None else y_TD + self.bias_down
+
     def extra_repr(self) -> str:
         return f"multiply_gate_scores={self.multiply_gate_scores}, scale={self.score_scale_factor}"
 
 
 class UniformCalculator(UniversalCalculator):
-    """Every expert on every token: the gate must choose all of them (UniformPlainGate, UniformLearnableGate)."""
+    """Every expert on every token: for the uniform gates, which choose all of them."""
 
     def forward(
         self,
@@ -95,17 +102,18 @@ class UniformCalculator(UniversalCalculator):
         experts = int(self.experts.num_experts)  # type: ignore[arg-type]
         if ids_TK.shape[1] != experts:
             raise UserError(
-                f"UniformCalculator got {ids_TK.shape[1]} of {experts} experts a token; it runs all of them. "
-                "Use a uniform gate, or calculator_type='UniversalCalculator'."
+                f"UniformCalculator got {ids_TK.shape[1]} of {experts} experts a token; it runs "
+                "all of them. Use a uniform gate, or calculator_type='UniversalCalculator'."
             )
         return super().forward(x_TD, ids_TK, weights_TK, valid_T)
 
 
 class SwitchDropTokenCalculator(UniversalCalculator):
-    """One expert a token with a limited capacity: int(capacity_factor * T / E) tokens an expert, the rest dropped.
+    """One expert a token, at most int(capacity_factor * T / E) tokens an expert, the rest dropped.
 
-    Which tokens of an over-full expert are kept is random. A dropped token gives zero, or its input with
-    `dropped_padding="input"`, times score * scale like the others. Padding takes no capacity and is not counted.
+    Which tokens of an over-full expert are kept is random. A dropped token gives zero, or its input
+    with `dropped_padding="input"`, times score * scale like the others. Padding takes no capacity
+    and is not counted.
     """
 
     def forward(
@@ -123,16 +131,19 @@ class SwitchDropTokenCalculator(UniversalCalculator):
             )
         weights_T1 = self._scaled(weights_TK)
         if not self.drop_tokens:
-            return self.experts(x_TD, ids_TK, weights_T1), _nothing_to_drop(ids_TK)
+            y_TD = self.experts(x_TD, ids_TK, weights_T1)
+            return self._with_bias(y_TD), _nothing_to_drop(ids_TK)
         dropped_T = self._dropped(ids_TK[:, 0], valid_T)
         kept_T1 = ~dropped_T[:, None]
         y_TD = self.experts(x_TD, ids_TK, weights_T1 * kept_T1)
         if self.dropped_padding == "input":
             y_TD = torch.where(kept_T1, y_TD, x_TD * weights_T1)
-        return y_TD, dropped_T.sum()
+        return self._with_bias(y_TD), dropped_T.sum()
 
     def _dropped(self, ids_T: torch.Tensor, valid_T: torch.Tensor | None) -> torch.Tensor:
-        """Which tokens are over their expert's capacity: bool [T], decided in a random order of the tokens."""
+        """Which tokens are over their expert's capacity: bool [T], decided in a random order of the
+        tokens.
+        """
         experts = int(self.experts.num_experts)  # type: ignore[arg-type]
         if valid_T is None:
             tokens = torch.full((), len(ids_T), device=ids_T.device)

@@ -1,13 +1,15 @@
-"""Between the released tensor names of LLaMA-MoE and its 3-D expert parameters, for transformers' loading and saving.
+"""Loading and saving LLaMA-MoE's experts: the released tensor names and the 3-D parameters.
 
-Released: `<block>.calculator.experts.weight_{gate,up}.{e}` [I_e, D] and `weight_down.{e}` [D, I_e], where `<block>` is
-`layers.{l}.mlp`, `layers.{l}.mlp.moe_layer` or `layers.{l}.mlp.residual_block`. In memory: `gate_up_proj` [E, 2I, D]
-and `down_proj` [E, D, I], where I is the widest I_e of the block and narrower experts end in zeros. The zeros are
-exact: such a neuron gives 0 whatever its input, and every gradient of its three vectors is 0. With `mlp_bias` there
-are also `bias_{gate,up}.{e}` [I_e] in `gate_up_proj_bias` [E, 2I].
+Released: `<block>.calculator.experts.weight_{gate,up}.{e}` [I_e, D] and `weight_down.{e}` [D, I_e],
+where `<block>` is `layers.{l}.mlp`, `layers.{l}.mlp.moe_layer` or `layers.{l}.mlp.residual_block`.
+In memory: `gate_up_proj` [E, 2I, D] and `down_proj` [E, D, I], where I is the widest I_e of the
+block and narrower experts end in zeros. The zeros are exact: such a neuron gives 0 whatever its
+input, and every gradient of its three vectors is 0. With `mlp_bias` there are also
+`bias_{gate,up}.{e}` [I_e], in memory `gate_up_proj_bias` [E, 2I], and
+`<block>.calculator.bias_down` [D].
 
-transformers' own MergeModulelist reads such keys but writes them back without the layer's prefix, because they end
-in the expert's index; hence operations of our own, which write the whole key.
+transformers' own MergeModulelist reads such keys but writes them back without the layer's prefix,
+because they end in the expert's index; hence operations of our own, which write the whole key.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ EXPERTS = "calculator.experts"
 
 
 class MergeExperts(ConversionOps):
-    """Stack the experts of each source, padded with zeros to the widest, and join the sources along the width."""
+    """Stack each source's experts, padded to the widest, and join the sources along the width."""
 
     def __init__(self, width_dim: int) -> None:
         self.width_dim = width_dim
@@ -63,7 +65,7 @@ class MergeExperts(ConversionOps):
 
 
 class CutExperts(ConversionOps):
-    """Cut a parameter into the tensors of its experts, without the padding, under their whole released names."""
+    """Cut a parameter into its experts' tensors, without the padding, under their whole names."""
 
     def __init__(self, width_dim: int) -> None:
         self.width_dim = width_dim
@@ -79,7 +81,7 @@ class CutExperts(ConversionOps):
         config: Any,
         **_: Any,
     ) -> dict[str, torch.Tensor]:
-        """Take {source: [the parameter]}; return {whole key: tensor}. The widths come from the config."""
+        """Take {source: [the parameter]}; return {whole key: tensor}, as wide as config says."""
         (tensors,) = input_dict.values()
         merged = tensors[0] if isinstance(tensors, list) else tensors
         block = full_layer_name[: full_layer_name.index(EXPERTS)]
@@ -106,7 +108,7 @@ def layer_of(block: str) -> int:
 
 
 def register_released_layout(model_type: str) -> None:
-    """Tell transformers how checkpoints of this model type name their experts; a second call changes nothing."""
+    """Tell transformers how checkpoints of this model type name their experts."""
     register_checkpoint_conversion_mapping(
         model_type,
         [
@@ -119,6 +121,12 @@ def register_released_layout(model_type: str) -> None:
                 f"{EXPERTS}.weight_down.*",
                 f"{EXPERTS}.down_proj",
                 operations=[MergeExperts(1)],
+            ),
+            # last, so that it comes first on saving: 5.17 finds `gate_up_proj` in this name too
+            WeightConverter(
+                [f"{EXPERTS}.bias_gate.*", f"{EXPERTS}.bias_up.*"],
+                f"{EXPERTS}.gate_up_proj_bias",
+                operations=[MergeExperts(0)],
             ),
         ],
         overwrite=True,

@@ -1,8 +1,9 @@
-"""Gates of LLaMA-MoE: which experts take a token, with what weight, and how evenly the tokens are spread.
+"""Gates of LLaMA-MoE: which experts take a token, with what weight, and how evenly.
 
-Source: LLaMA-MoE (arXiv 2406.16554), noisy top-k of Shazeer et al. (arXiv 1701.06538), Switch (arXiv 2101.03961).
-Logits, noise, choice and probabilities are float32 whatever the model's dtype: in bf16, ties among experts change
-the choice. Load counts tokens, importance sums weights; rows that `valid_T` marks False (padding) count in neither.
+Source: LLaMA-MoE (arXiv 2406.16554), noisy top-k of Shazeer et al. (arXiv 1701.06538), Switch
+(arXiv 2101.03961). Logits, noise, choice and probabilities are float32 whatever the model's dtype:
+in bf16, ties among experts change the choice. Load counts tokens, importance sums weights; rows
+that `valid_T` marks False (padding) count in neither.
 
 Notation: T tokens, D hidden size, E experts, K chosen experts of a token.
 """
@@ -35,15 +36,16 @@ class GateOutput(NamedTuple):
     balance_loss: torch.Tensor | None
     """Scalar float32 with a gradient; None when statistics were not asked for."""
     load: torch.Tensor | None
-    """[E] float32: tokens of each expert (expected number under training noise; Switch: share of the tokens)."""
+    """[E] float32: tokens of each expert (expected under training noise; Switch: their share)."""
     importance: torch.Tensor | None
     """[E] float32: sum of each expert's weights (Switch: mean probability)."""
 
 
 class Gate(nn.Module):
-    """What all gates share: the network (if any), the settings that may change after construction, the sums.
+    """What all gates share: the network (if any), the settings, the sums over tokens.
 
-    `network=None` builds a gate without parameters. "mlp" is D -> E, tanh, E -> E; "linear" is D -> E; no biases.
+    `network=None` builds a gate without parameters. "mlp" is D -> E, tanh, E -> E; "linear" is D ->
+    E; no biases.
     """
 
     def __init__(
@@ -101,7 +103,9 @@ class Gate(nn.Module):
     def _measured(
         self, ids_TK: torch.Tensor, scores_TK: torch.Tensor, valid_T: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Load (tokens that chose each expert) and importance (sum of its scores), both [E] float32."""
+        """Load (tokens that chose each expert) and importance (sum of its scores), both [E]
+        float32.
+        """
         chosen_TE = torch.zeros(ids_TK.shape[0], self.num_experts, device=ids_TK.device)
         # scatter and sum instead of index_add: no atomics, so the same numbers every time on a GPU
         load_E = _total(chosen_TE.scatter(1, ids_TK, 1.0), valid_T)
@@ -113,12 +117,13 @@ class Gate(nn.Module):
 
 
 class TopKBalancedNoisyGate(Gate):
-    """Keep the k largest logits; softmax over those k; balance load and importance (the released models' gate).
+    """Keep the k largest logits; softmax over those k; balance load and importance (the released
+    models' gate).
 
-    In training with noise, sigma = softplus(W_noise x) + epsilon and the choice is made on logits + sigma * N(0, 1);
-    an expert's load is then the probability that it would be chosen again. `load_rule="original"` reproduces the
-    program that trained the released models: it compares the noise alone with the threshold, and without noise it
-    counts only positive scores.
+    In training with noise, sigma = softplus(W_noise x) + epsilon and the choice is made on logits +
+    sigma * N(0, 1); an expert's load is then the probability that it would be chosen again.
+    `load_rule="original"` reproduces the program that trained the released models: it compares the
+    noise alone with the threshold, and without noise it counts only positive scores.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -127,7 +132,9 @@ class TopKBalancedNoisyGate(Gate):
             self.enable_noise()
 
     def enable_noise(self) -> None:
-        """Turn training noise on; its weight starts at zero where the gate has none yet (sigma = ln 2 + epsilon)."""
+        """Turn training noise on; its weight starts at zero where the gate has none yet (sigma = ln
+        2 + epsilon).
+        """
         self.add_noise = True
         if not hasattr(self, "weight_noise"):
             reference = next(self.parameters())
@@ -181,17 +188,19 @@ class TopKBalancedNoisyGate(Gate):
 
 
 class SwitchBalancedGate(Gate):
-    """Send each token to one expert; balance = weight * E * sum(load * importance) (Switch Transformers, eq. 4).
+    """Send each token to one expert; balance = weight * E * sum(load * importance) (Switch
+    Transformers, eq. 4).
 
-    The score is the chosen expert's probability and noise is added in training only. `score_rule="original"`
-    reproduces the original program: the score is the largest noisy logit, and noise is added in evaluation too.
+    The score is the chosen expert's probability and noise is added in training only.
+    `score_rule="original"` reproduces the original program: the score is the largest noisy logit,
+    and noise is added in evaluation too.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.num_selects not in (1, 2):
             raise UserError(
-                f"num_selects={self.num_selects} with SwitchBalancedGate, which sends a token to one expert. "
+                f"num_selects={self.num_selects} with SwitchBalancedGate, which chooses one. "
                 "Give 1 (2 is accepted as in the original and means 1)."
             )
 
@@ -225,7 +234,9 @@ class SwitchBalancedGate(Gate):
 
 
 class _UnbalancedGate(Gate):
-    """A gate that learns nothing about balance: its balance loss is 0; load and importance are measured."""
+    """A gate that learns nothing about balance: its balance loss is 0; load and importance are
+    measured.
+    """
 
     def _finish(
         self,
@@ -268,7 +279,9 @@ class UniformPlainGate(_UnbalancedGate):
 
 
 class UniformLearnableGate(_UnbalancedGate):
-    """Every token to every expert with a learned score: the softmax over all experts, or the logits."""
+    """Every token to every expert with a learned score: the softmax over all experts, or the
+    logits.
+    """
 
     def forward(
         self, x_TD: torch.Tensor, valid_T: torch.Tensor | None = None, statistics: bool = True
@@ -282,7 +295,9 @@ class UniformLearnableGate(_UnbalancedGate):
 
 
 class RandomPlainGate(_UnbalancedGate):
-    """Each token to k random experts with the same score: 1/k (`score_rule="original"`: 1/E), or 1 without softmax."""
+    """Each token to k random experts with the same score: 1/k (`score_rule="original"`: 1/E), or 1
+    without softmax.
+    """
 
     def __init__(self, *args: Any, network: GateNetwork | None = None, **kwargs: Any) -> None:
         super().__init__(*args, network=None, **kwargs)
@@ -300,7 +315,9 @@ class RandomPlainGate(_UnbalancedGate):
 
 
 class RandomLearnableGate(_UnbalancedGate):
-    """Each token to k random experts with a learned score: the softmax over their logits, or the logits."""
+    """Each token to k random experts with a learned score: the softmax over their logits, or the
+    logits.
+    """
 
     def forward(
         self, x_TD: torch.Tensor, valid_T: torch.Tensor | None = None, statistics: bool = True
@@ -328,7 +345,7 @@ GATES: dict[str, type[Gate]] = {
 
 
 def squared_variation(values_E: torch.Tensor) -> torch.Tensor:
-    """Squared coefficient of variation: unbiased variance / (mean² + 1e-10); 0 for a single value."""
+    """Squared coefficient of variation: unbiased var / (mean² + 1e-10); 0 for a single value."""
     if values_E.numel() == 1:
         return values_E.new_zeros(())
     values_E = values_E.float()

@@ -1,10 +1,11 @@
-"""LLaMA-MoE: a LLaMA whose feed-forward layers are split into experts behind a gate (arXiv 2406.16554).
+"""LLaMA-MoE: a LLaMA whose feed-forward layers are experts behind a gate (arXiv 2406.16554).
 
-Attention, norms and rotary embedding are transformers' LLaMA; the feed-forward block, its statistics and its setters
-are here. The released checkpoints are read and written with their own tensor names (`expert_weights`).
+Attention, norms and rotary embedding are transformers' LLaMA; the feed-forward block, its
+statistics and its setters are here. The released checkpoints are read and written with their own
+tensor names (`expert_weights`).
 
-Notation: B batch, S sequence, T = B*S tokens, D hidden size, I expert width (the widest of a layer), E experts,
-K experts a token (`num_selects`), L layers, V vocabulary.
+Notation: B batch, S sequence, T = B*S tokens, D hidden size, I expert width (the widest of a
+layer), E experts, K experts a token (`num_selects`), L layers, V vocabulary.
 """
 
 from __future__ import annotations
@@ -35,23 +36,30 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from moesaic.core.errors import UserError, unknown
-from moesaic.models.calculators import CALCULATORS, DroppedPadding, UniversalCalculator
+from moesaic.models.calculators import (
+    CALCULATORS,
+    DroppedPadding,
+    UniversalCalculator,
+    WeightNorm,
+)
 from moesaic.models.expert_weights import layer_of
 from moesaic.models.gates import GATES, Gate, GateOutput, TopKBalancedNoisyGate
 from moesaic.models.randomness import Randomness
 
 DEFAULT_EXPERTS = "moesaic"
-"""The experts implementation of a model that was not asked for another: it takes every expert width."""
+"""The experts implementation unless another is asked for: it takes every expert width."""
 
 
 class LlamaMoEConfig(PreTrainedConfig):
-    """Shape and routing of a LLaMA-MoE model. Field names and defaults are those of the released configs.
+    """Shape and routing of a LLaMA-MoE model, with the released configs' names and defaults.
 
-    LLaMA's fields mean what they mean in `transformers.LlamaConfig`. `rope_theta` defaults to 10000, which the
-    released hub code uses whatever the config says; here `rope_parameters` (or `rope_theta` and `rope_scaling` of
-    older files) is honoured. Attributes of the original that mean nothing (`gates`, `auto_map`) are dropped.
+    LLaMA's fields mean what they mean in `transformers.LlamaConfig`. `rope_theta` defaults to
+    10000, which the released hub code uses whatever the config says; here `rope_parameters` (or
+    `rope_theta` and `rope_scaling` of older files) is honoured. Attributes of the original that
+    mean nothing (`gates`, `auto_map`) are dropped.
 
-    Raises UserError (a ValueError) for names that do not exist and for sizes that do not fit together.
+    Raises UserError (a ValueError) for names that do not exist and for sizes that do not fit
+    together.
     """
 
     model_type = "llama_moe"
@@ -67,7 +75,7 @@ class LlamaMoEConfig(PreTrainedConfig):
     vocab_size: int = 32000
     hidden_size: int = 4096
     intermediate_size: int = 11008
-    """Sum of the widths of a layer's experts: the width of the dense layer when no neuron is shared."""
+    """Sum of the widths of a layer's experts: the dense layer's width when none is shared."""
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
     num_key_value_heads: int | None = None
@@ -85,6 +93,8 @@ class LlamaMoEConfig(PreTrainedConfig):
     rope_parameters: dict[str, Any] | None = None
     attention_bias: bool = False
     attention_dropout: float | int | None = 0.0
+    mlp_bias: bool = False
+    """Biases of gate, up and down projections, as in some dense LLaMAs; the original has none."""
 
     num_experts: int = 16
     num_selects: int = 4
@@ -113,11 +123,11 @@ class LlamaMoEConfig(PreTrainedConfig):
     capacity_factor: float = 1.25
 
     load_rule: str = "shazeer"
-    """"original" counts load as the program that trained the released models did (see TopKBalancedNoisyGate)."""
+    """"original" counts load as the original program did (see TopKBalancedNoisyGate)."""
     score_rule: str = "probability"
-    """"original" scores Switch and random gates as the original program did (see SwitchBalancedGate)."""
+    """"original" scores Switch and random gates as the original did (see SwitchBalancedGate)."""
     count_padding: bool = False
-    """Count padding tokens in load, importance, balance loss and capacity, as the original program did."""
+    """Count padding in load, importance, balance loss and capacity, as the original did."""
     output_router_logits: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -147,7 +157,7 @@ class LlamaMoEConfig(PreTrainedConfig):
                 f"num_selects={self.num_selects} but the model has {self.num_experts} experts. "
                 "Lower num_selects or split into more experts."
             )
-        _check_sizes(self, "size_experts", self.num_experts, self._routed_width())
+        check_expert_sizes(self, "size_experts", self.num_experts, self._routed_width())
         scale = self.score_scale_factor
         if isinstance(scale, (list, tuple)) and len(scale) != self.num_hidden_layers:
             raise UserError(
@@ -160,7 +170,7 @@ class LlamaMoEConfig(PreTrainedConfig):
         return self.intermediate_size
 
     def expert_sizes(self, block: str | int) -> tuple[int, ...]:
-        """Widths of the experts of a layer, given its index or the name of a module or tensor in it."""
+        """Widths of a layer's experts, given its index or the name of something in it."""
         layer = block if isinstance(block, int) else layer_of(block)
         if self.size_experts is not None:
             return tuple(self.size_experts[layer])
@@ -172,7 +182,8 @@ class LlamaMoEConfig(PreTrainedConfig):
         return float(scale[layer] if isinstance(scale, (list, tuple)) else scale)
 
 
-def _check_sizes(config: LlamaMoEConfig, field: str, experts: int, width: int) -> None:
+def check_expert_sizes(config: LlamaMoEConfig, field: str, experts: int, width: int) -> None:
+    """Raise UserError unless `field` is None or [L][experts] positive sizes summing to width."""
     sizes = getattr(config, field)
     if sizes is None:
         if width % experts:
@@ -183,14 +194,14 @@ def _check_sizes(config: LlamaMoEConfig, field: str, experts: int, width: int) -
         return
     if len(sizes) != config.num_hidden_layers or any(len(row) != experts for row in sizes):
         raise UserError(
-            f"{field} has rows of {sorted({len(row) for row in sizes})} sizes in {len(sizes)} layers. "
+            f"{field} has {len(sizes)} rows of {sorted({len(row) for row in sizes})} sizes. "
             f"Give {config.num_hidden_layers} rows of {experts} sizes."
         )
     for layer, row in enumerate(sizes):
         if min(row) < 1 or sum(row) != width:
             raise UserError(
-                f"{field}[{layer}] = {list(row)} sums to {sum(row)}; the widths of a layer's experts "
-                f"must be positive and sum to {width}."
+                f"{field}[{layer}] = {list(row)} sums to {sum(row)}; the widths of a layer's "
+                f"experts must be positive and sum to {width}."
             )
 
 
@@ -198,10 +209,10 @@ def _check_sizes(config: LlamaMoEConfig, field: str, experts: int, width: int) -
 class LlamaMoEModelOutput(ModelOutput):
     """Output of the model without a head.
 
-    `balance_loss` is the sum over layers (scalar float32, with a gradient). `num_dropped_tokens`, `gate_load` and
-    `gate_importance` are tuples over the L layers: a scalar (-1 where nothing can be dropped), [E] and [E], without
-    gradients. `router_logits`, when asked for: L clean logits [T, E] in float32. The statistics are None when they
-    were not asked for (`output_gate_stats=False`).
+    `balance_loss` is the sum over layers (scalar float32, with a gradient). `num_dropped_tokens`,
+    `gate_load` and `gate_importance` are tuples over the L layers: a scalar (-1 where nothing can
+    be dropped), [E] and [E], without gradients. `router_logits`, when asked for: L clean logits [T,
+    E] in float32. The statistics are None when they were not asked for (`output_gate_stats=False`).
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -217,7 +228,7 @@ class LlamaMoEModelOutput(ModelOutput):
 
 @dataclass
 class LlamaMoECausalLMOutput(ModelOutput):
-    """Output of the language model: `loss` = `lm_loss` (cross entropy) + balance loss; `logits` [B, S, V].
+    """Output of the language model: logits [B, S, V], loss = lm_loss (cross entropy) + balance.
 
     The other fields are those of `LlamaMoEModelOutput`.
     """
@@ -237,7 +248,7 @@ class LlamaMoECausalLMOutput(ModelOutput):
 
 @dataclass
 class LlamaMoESequenceClassifierOutput(ModelOutput):
-    """Output of the classifier: `loss` = task loss + balance loss; `logits` [B, num_labels] of each last token."""
+    """Output of the classifier: logits [B, num_labels], loss = task loss + balance loss."""
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
@@ -253,7 +264,7 @@ class LlamaMoESequenceClassifierOutput(ModelOutput):
 
 @dataclass
 class LlamaMoEQuestionAnsweringOutput(ModelOutput):
-    """Output of the span head: `loss` = mean of both cross entropies + balance loss; both logits are [B, S]."""
+    """Output of the span head: logits [B, S] twice, loss = mean cross entropy + balance loss."""
 
     loss: torch.Tensor | None = None
     start_logits: torch.Tensor | None = None
@@ -267,11 +278,13 @@ class LlamaMoEQuestionAnsweringOutput(ModelOutput):
     router_logits: tuple[torch.Tensor, ...] | None = None
 
 
-@use_experts_implementation
-class LlamaMoEExperts(nn.Module):
-    """The experts of one layer as two 3-D parameters; an expert narrower than the widest ends in zeros.
+class Experts(nn.Module):
+    """The experts of one layer as two 3-D parameters; narrower ones end in zeros.
 
     `gate_up_proj` [E, 2I, D] (gate rows first), `down_proj` [E, D, I]. `sizes` are the true widths.
+    With biases also `gate_up_proj_bias` [E, 2I]; the down projection's bias belongs to the layer
+    and is added there, once, so `down_proj_bias` [E, D], which transformers' functions ask for, is
+    zeros.
     """
 
     def __init__(self, config: LlamaMoEConfig, sizes: tuple[int, ...]) -> None:
@@ -280,20 +293,25 @@ class LlamaMoEExperts(nn.Module):
         self.num_experts = len(sizes)
         self.hidden_dim = config.hidden_size
         self.intermediate_dim = max(sizes)
-        shape = (self.num_experts, 2 * self.intermediate_dim, self.hidden_dim)
-        self.gate_up_proj = nn.Parameter(torch.empty(shape))
-        self.down_proj = nn.Parameter(torch.empty(shape[0], shape[2], self.intermediate_dim))
+        experts, hidden, width = self.num_experts, self.hidden_dim, self.intermediate_dim
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
+        self.gate_up_proj_bias: nn.Parameter | None = None
+        if config.mlp_bias:
+            self.gate_up_proj_bias = nn.Parameter(torch.empty(experts, 2 * width))
+            self.register_buffer("down_proj_bias", torch.zeros(experts, hidden), persistent=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """The plain meaning ("eager"): x_TD, ids_TK, weights_TK to out_TD, one expert after the other."""
+        """Run the experts one by one ("eager"): x_TD, ids_TK, weights_TK to out_TD."""
         # float32: two experts adding into one bf16 token lose bits
         out_TD = torch.zeros_like(hidden_states, dtype=torch.float32)
         for expert in top_k_index.unique().tolist():
             token_N, choice_N = torch.where(top_k_index == expert)
-            gate_up = F.linear(hidden_states[token_N], self.gate_up_proj[expert])
+            bias = None if self.gate_up_proj_bias is None else self.gate_up_proj_bias[expert]
+            gate_up = F.linear(hidden_states[token_N], self.gate_up_proj[expert], bias)
             gate_NI, up_NI = gate_up.chunk(2, dim=-1)
             y_ND = F.linear(self.act_fn(gate_NI) * up_NI, self.down_proj[expert])
             weighted_ND = y_ND * top_k_weights[token_N, choice_N, None]
@@ -302,15 +320,32 @@ class LlamaMoEExperts(nn.Module):
 
     @torch.no_grad()
     def zero_padding(self) -> None:
-        """Zero the rows and columns past each expert's width (they stay zero: their gradients are exactly zero)."""
+        """Zero what lies past each expert's width; its gradients being zero, it stays so."""
         for expert, size in enumerate(self.sizes):
-            self.gate_up_proj[expert, size : self.intermediate_dim] = 0
-            self.gate_up_proj[expert, self.intermediate_dim + size :] = 0
+            for rows in (self.gate_up_proj, self.gate_up_proj_bias):
+                if rows is not None:
+                    rows[expert, size : self.intermediate_dim] = 0
+                    rows[expert, self.intermediate_dim + size :] = 0
             self.down_proj[expert, :, size:] = 0
 
     def extra_repr(self) -> str:
         widths = self.sizes[0] if len(set(self.sizes)) == 1 else list(self.sizes)
         return f"experts={self.num_experts}, hidden={self.hidden_dim}, width={widths}"
+
+
+@use_experts_implementation
+class LlamaMoEExperts(Experts):
+    """Experts without biases, as in the released models."""
+
+
+@use_experts_implementation(has_bias=True)
+class LlamaMoEBiasedExperts(Experts):
+    """Experts cut from a dense model with `mlp_bias`."""
+
+
+def make_experts(config: LlamaMoEConfig, sizes: tuple[int, ...]) -> Experts:
+    """Build the experts of these widths, with biases where the config has them."""
+    return (LlamaMoEBiasedExperts if config.mlp_bias else LlamaMoEExperts)(config, sizes)
 
 
 class BlockOutput(NamedTuple):
@@ -340,13 +375,14 @@ class LlamaMoEBlock(nn.Module):
             score_rule=config.score_rule,
         )
         self.calculator = CALCULATORS[config.calculator_type](
-            LlamaMoEExperts(config, config.expert_sizes(layer_idx)),
+            make_experts(config, config.expert_sizes(layer_idx)),
             multiply_gate_scores=config.multiply_gate_scores,
             score_scale_factor=config.scale_factor(layer_idx),
             add_weight_norm=config.add_weight_norm,
             drop_tokens=config.drop_tokens,
             dropped_padding=config.dropped_padding,
             capacity_factor=config.capacity_factor,
+            bias_size=config.hidden_size if config.mlp_bias else None,
         )
 
     @property
@@ -388,7 +424,7 @@ class LlamaMoEDecoderLayer(GradientCheckpointingLayer):
         statistics: bool = True,
         **kwargs: Any,
     ) -> tuple[torch.Tensor | None, ...]:
-        """Return hidden states [B, S, D], router logits, balance loss, dropped tokens, load and importance.
+        """Return hidden states, router logits, balance loss, dropped tokens, load, importance.
 
         One flat tuple, so that both kinds of gradient checkpointing carry the gradient of each.
         """
@@ -414,7 +450,7 @@ class LlamaMoEDecoderLayer(GradientCheckpointingLayer):
 
 
 class LlamaMoEPreTrainedModel(PreTrainedModel):
-    """Loading, initialisation and the setters of the original program, for every LLaMA-MoE class."""
+    """Loading, initialisation and the original program's setters, for every LLaMA-MoE class."""
 
     config: LlamaMoEConfig
     config_class = LlamaMoEConfig
@@ -437,44 +473,50 @@ class LlamaMoEPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        # transformers searches the class's source file for the decorator and caches the answer on a base class
+        # transformers searches the class's source file for the decorator, caching it on a base
         return True
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         if requested_experts is None:
-            requested_experts = DEFAULT_EXPERTS if DEFAULT_EXPERTS in ALL_EXPERTS_FUNCTIONS else "eager"
+            requested_experts = (
+                DEFAULT_EXPERTS if DEFAULT_EXPERTS in ALL_EXPERTS_FUNCTIONS else "eager"
+            )
         return super().get_correct_experts_implementation(requested_experts)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, LlamaMoEExperts):
-            for name, weight in module.named_parameters(recurse=False):
-                if "bias" in name:
-                    init.zeros_(weight)
-                else:
-                    init.normal_(weight, mean=0.0, std=self.config.initializer_range)
+        if isinstance(module, Experts):
+            for weight in (module.gate_up_proj, module.down_proj):
+                init.normal_(weight, mean=0.0, std=self.config.initializer_range)
+            if module.gate_up_proj_bias is not None:
+                init.zeros_(module.gate_up_proj_bias)
+                init.zeros_(module.down_proj_bias)
             module.zero_padding()
             return
         super()._init_weights(module)
         if isinstance(module, TopKBalancedNoisyGate) and hasattr(module, "weight_noise"):
             # children come first, so this undoes the normal draw of a plain Linear
             init.zeros_(module.weight_noise.weight)
-        elif isinstance(module, UniversalCalculator) and module.mlp_norm is not None:
-            init.constant_(module.mlp_norm.weight, module.mlp_norm.scale)
+        elif isinstance(module, WeightNorm):
+            init.constant_(module.weight, module.scale)
+        elif isinstance(module, UniversalCalculator) and module.bias_down is not None:
+            init.zeros_(module.bias_down)
 
-    # What follows are the original's setters. They change every layer at once, and the config with it.
+    # The original's setters follow. They change every layer at once, and the config with them.
 
     def moe_blocks(self) -> Iterator[Any]:
-        """The routed feed-forward blocks, one a layer, in order: each with `gate` and `calculator`."""
+        """Yield each layer's routed block, in order: it has `gate` and `calculator`."""
         for layer in self.base_model.layers:
             yield layer.mlp.routed
 
     def gate_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names and parameters of the gates alone. (By name, "gate" would also match the experts' gate matrices.)"""
+        """Yield the gates' parameters with their names.
+
+        Use this rather than a search for "gate" in names, which finds the experts' gate rows too.
+        """
         for name, module in self.named_modules():
             if isinstance(module, Gate):
-                for key, parameter in module.named_parameters(prefix=name):
-                    yield key, parameter
+                yield from module.named_parameters(prefix=name)
 
     def freeze_gate(self, frozen: bool = True) -> None:
         """Exclude the gates from training, and nothing else; `frozen=False` includes them again."""
@@ -509,7 +551,7 @@ class LlamaMoEPreTrainedModel(PreTrainedModel):
         self._set_gates("balance_loss_weight", balance_loss_weight)
 
     def set_moe_gate_add_noise(self, add_noise: bool) -> None:
-        """Whether routing is noisy in training. A gate that has no noise weight yet gets one of zeros."""
+        """Whether routing is noisy in training; a gate without noise weights gets zeros."""
         self._set_gates("add_noise", add_noise)
         if add_noise:
             for block in self.moe_blocks():
@@ -527,7 +569,7 @@ class LlamaMoEPreTrainedModel(PreTrainedModel):
     def set_moe_calculator_score_scale_factor(
         self, score_scale_factor: float | list[float], layer_index: int | None = None
     ) -> None:
-        """Factor on the scores: of all layers (one number or one a layer), or of the layer with that index."""
+        """Factor on the scores of all layers (one number, or one a layer), or of one layer."""
         layers = self.config.num_hidden_layers
         scales = [self.config.scale_factor(layer) for layer in range(layers)]
         if layer_index is not None:
@@ -537,7 +579,7 @@ class LlamaMoEPreTrainedModel(PreTrainedModel):
             given = score_scale_factor if isinstance(score_scale_factor, list) else None
             if given is not None and len(given) != layers:
                 raise UserError(
-                    f"{len(given)} scale factors for {layers} layers. Give one number, or one a layer."
+                    f"{len(given)} scale factors for {layers} layers. Give one, or one a layer."
                 )
             scales = given or [float(score_scale_factor)] * layers  # type: ignore[arg-type]
             self.config.score_scale_factor = score_scale_factor
@@ -569,11 +611,17 @@ class LlamaMoEPreTrainedModel(PreTrainedModel):
             self._redraw(block.calculator.experts)
 
     def update_config(self) -> None:
-        """Write the gates' and calculators' present settings into the config, where someone changed them directly."""
+        """Write the present settings of gates and calculators into the config."""
         blocks = list(self.moe_blocks())
         gate, calculator = blocks[0].gate, blocks[0].calculator
         self.config.num_selects = gate.num_selects
-        for name in ("use_softmax", "use_balance", "balance_loss_weight", "add_noise", "noise_epsilon"):
+        for name in (
+            "use_softmax",
+            "use_balance",
+            "balance_loss_weight",
+            "add_noise",
+            "noise_epsilon",
+        ):
             setattr(self.config, f"gate_{name}", getattr(gate, name))
         for name in ("multiply_gate_scores", "drop_tokens", "dropped_padding", "capacity_factor"):
             setattr(self.config, name, getattr(calculator, name))
@@ -598,7 +646,7 @@ class LlamaMoEPreTrainedModel(PreTrainedModel):
 
 
 class LlamaMoEModel(LlamaMoEPreTrainedModel):
-    """The decoder without a head: token ids or embeddings to hidden states and routing statistics."""
+    """The decoder without a head: token ids or embeddings to hidden states and statistics."""
 
     layer_class: ClassVar[type[LlamaMoEDecoderLayer]] = LlamaMoEDecoderLayer
 
@@ -631,10 +679,11 @@ class LlamaMoEModel(LlamaMoEPreTrainedModel):
     ) -> LlamaMoEModelOutput:
         """Run the decoder.
 
-        Give `input_ids` [B, S] or `inputs_embeds` [B, S, D], not both. `attention_mask` [B, past + S]: 1 for tokens,
-        0 for padding on either side (a prepared 4-D mask is passed on as it is; all tokens then count in the
-        statistics). `position_ids` [B, S]. `output_gate_stats=False` skips balance loss, load and importance.
-        Also takes `output_hidden_states`, `output_attentions`, `return_dict`.
+        Give `input_ids` [B, S] or `inputs_embeds` [B, S, D], not both. `attention_mask` [B, past +
+        S]: 1 for tokens, 0 for padding on either side (a prepared 4-D mask is passed on as it is;
+        all tokens then count in the statistics). `position_ids` [B, S]. `output_gate_stats=False`
+        skips balance loss, load and importance. Also takes `output_hidden_states`,
+        `output_attentions`, `return_dict`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise UserError("Give exactly one of input_ids and inputs_embeds.")
@@ -656,7 +705,9 @@ class LlamaMoEModel(LlamaMoEPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        valid_T = None if self.config.count_padding else _valid_tokens(attention_mask, inputs_embeds)
+        valid_T = (
+            None if self.config.count_padding else _valid_tokens(attention_mask, inputs_embeds)
+        )
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
 
@@ -729,13 +780,14 @@ class LlamaMoEForCausalLM(LlamaMoEPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> LlamaMoECausalLMOutput:
-        """Run the model; the arguments that are not named here are those of `LlamaMoEModel.forward`.
+        """Run the model; arguments not named here are those of `LlamaMoEModel.forward`.
 
-        `labels` [B, S], -100 where there is no target, shifted inside. The loss is cross entropy plus balance loss.
-        With `num_items_in_batch` (targets of a whole optimizer step, as transformers' Trainer passes it) both are
-        this call's share of the step's mean: the balance loss is weighted by this call's share of the targets, so
-        the sum over micro-batches does not grow with their number. `balance_loss` in the output is never scaled.
-        `logits_to_keep`: only the last n positions' logits (0: all), or the positions of an index tensor.
+        `labels` [B, S], -100 where there is no target, shifted inside. The loss is cross entropy
+        plus balance loss. With `num_items_in_batch` (targets of a whole optimizer step, as
+        transformers' Trainer passes it) both are this call's share of the step's mean: the balance
+        loss is weighted by this call's share of the targets, so the sum over micro-batches does not
+        grow with their number. `balance_loss` in the output is never scaled. `logits_to_keep`: only
+        the last n positions' logits (0: all), or the positions of an index tensor.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -758,15 +810,20 @@ class LlamaMoEForCausalLM(LlamaMoEPreTrainedModel, GenerationMixin):
             )
             share = _share_of_step(labels, kwargs.get("num_items_in_batch"))
             loss = lm_loss + (outputs.balance_loss * share).to(lm_loss.device)
-        return LlamaMoECausalLMOutput(loss=loss, logits=logits, lm_loss=lm_loss, **_carried(outputs))
+        return LlamaMoECausalLMOutput(
+            loss=loss, logits=logits, lm_loss=lm_loss, **_carried(outputs)
+        )
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As transformers does; generation reads no statistics, so they are not computed."""
-        return {**super().prepare_inputs_for_generation(*args, **kwargs), "output_gate_stats": False}
+        return {
+            **super().prepare_inputs_for_generation(*args, **kwargs),
+            "output_gate_stats": False,
+        }
 
 
 def _share_of_step(labels: torch.Tensor, items: int | torch.Tensor | None) -> torch.Tensor | float:
-    """This call's share of the targets of an optimizer step that has `items` of them."""
+    """Return this call's share of the targets of an optimizer step that has `items` of them."""
     if items is None:
         return 1.0
     if isinstance(items, torch.Tensor):
@@ -804,11 +861,11 @@ class LlamaMoEForSequenceClassification(LlamaMoEPreTrainedModel):
         output_router_logits: bool | None = None,
         **kwargs: Any,
     ) -> LlamaMoESequenceClassifierOutput:
-        """Classify; the arguments that are not named here are those of `LlamaMoEModel.forward`.
+        """Classify; the arguments not named here are those of `LlamaMoEModel.forward`.
 
-        `labels` [B] (int: cross entropy; float with one label: squared error) or [B, num_labels] (float). The last
-        token is the last 1 of `attention_mask`, else the last id that is not `pad_token_id`, else the last position;
-        padding may be on either side.
+        `labels` [B] (int: cross entropy; float with one label: squared error) or [B, num_labels]
+        (float). The last token is the last 1 of `attention_mask`, else the last id that is not
+        `pad_token_id`, else the last position; padding may be on either side.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -880,9 +937,10 @@ class LlamaMoEForQuestionAnswering(LlamaMoEPreTrainedModel):
         output_router_logits: bool | None = None,
         **kwargs: Any,
     ) -> LlamaMoEQuestionAnsweringOutput:
-        """Find spans; the arguments that are not named here are those of `LlamaMoEModel.forward`.
+        """Find spans; the arguments not named here are those of `LlamaMoEModel.forward`.
 
-        `start_positions`, `end_positions` [B]; a position past the sequence is ignored. The loss needs both.
+        `start_positions`, `end_positions` [B]; a position past the sequence is ignored. The loss
+        needs both.
         """
         outputs = self.model(
             input_ids=input_ids,

@@ -1,8 +1,8 @@
-"""Where gates and calculators take their random numbers from, so that a test or a study can decide them.
+"""Where gates and calculators take random numbers from, so that a test or a study can decide them.
 
-Every module that draws holds a `Randomness`; without a generator it draws from torch's global one, whose state
-gradient checkpointing saves and restores. A subclass may return fixed tensors. Set one for a whole model with
-`model.set_randomness(...)`.
+Every module that draws holds a `Randomness`; without a generator it draws from torch's global one,
+whose state gradient checkpointing saves and restores. A subclass may return fixed tensors. Set one
+for a whole model with `model.set_randomness(...)`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import torch
 
 
 class Randomness:
-    """Random tensors on the device and with the shape of another tensor, from `generator` or torch's global one.
+    """Random tensors of a given tensor's shape and device, from `generator` or torch's global one.
 
-    A generator of your own is not rewound when gradient checkpointing recomputes a layer: use the global one there.
+    A generator of your own is not rewound when gradient checkpointing recomputes a layer: use the
+    global one there.
     """
 
     def __init__(self, generator: torch.Generator | None = None) -> None:
