@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -108,47 +106,15 @@ class LayerStream:
             hidden_BCD = (residual_TD + module.mlp(normed_TD)).view_as(hidden_BCD)
 
 
-@dataclass(frozen=True)
-class TextSample:
-    """Some tokens of every domain, in full rows."""
+def text_sample(model: Path, data: Any, *, tokens: int, context: int) -> torch.Tensor:
+    """Token ids [B, C] of real text in the model's own tokens, domains in turn, rows full.
 
-    model: Path
-    data: Any
-    tokens: int
-    context: int
+    Raises UserError when the model has no tokenizer or the data are shorter than one row.
+    """
+    from moesaic.data import calibration_batches
 
-    @cached_property
-    def ids_BC(self) -> torch.Tensor:
-        """Token ids [B, C], domains in turn, documents joined by the end-of-text token.
-
-        Raises UserError when the model has no tokenizer or the data are shorter than one row.
-        """
-        tokenizer = _tokenizer(self.model)
-        from moesaic.data import open_domains
-
-        sources = open_domains(self.data)
-        streams = [self._rows(source, tokenizer) for source in sources.values()]
-        wanted = max(1, self.tokens // self.context)
-        rows: list[list[int]] = []
-        for turn in zip_longest(*streams):
-            rows.extend(row for row in turn if row is not None)
-            if len(rows) >= wanted:
-                break
-        if not rows:
-            raise UserError(
-                f"The data hold less than one row of {self.context} tokens. "
-                "Give more text or a shorter context."
-            )
-        return torch.tensor(rows[:wanted])
-
-    def _rows(self, source: Any, tokenizer: Any) -> Iterator[list[int]]:
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        buffer: list[int] = []
-        for text in source.documents():
-            buffer += tokenizer(text)["input_ids"] + end
-            while len(buffer) >= self.context:
-                yield buffer[: self.context]
-                buffer = buffer[self.context :]
+    tokenizer = _tokenizer(model)
+    return torch.cat(list(calibration_batches(data, tokenizer, tokens=tokens, context=context)))
 
 
 def _tokenizer(model: Path) -> Any:

@@ -5,14 +5,16 @@ Notation: T tokens, D hidden size, I neurons of a block. Everything is computed 
 
 from __future__ import annotations
 
+import contextlib
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from moesaic.core.errors import MoesaicError
+from moesaic.models.checkpoint import Checkpoint
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 FeedForward = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -73,12 +75,18 @@ def logit_difference(
 ) -> tuple[float, float]:
     """Compare whole models on fixed random token ids, in float32, one model in memory at a time.
 
-    The mixture runs with every expert chosen and scores switched off. Returns the largest absolute
-    difference of the outputs (logits; hidden states for a model without head) and the largest
-    absolute value of the dense outputs.
+    The mixture (`llama_moe` or `llama_moe_residual`) runs with every expert chosen and scores
+    switched off. Returns the largest absolute difference of the outputs (logits; hidden states for
+    a model without head) and the largest absolute value of the dense outputs.
+
+    Raises MoesaicError when either directory does not load completely.
     """
-    wanted = _outputs(dense, None, rows=rows, length=length)
-    given = _outputs(mixture, _all_experts_on, rows=rows, length=length)
+    config = Checkpoint(mixture).config
+    everything = {"num_selects": config["num_experts"], "multiply_gate_scores": False}
+    if "num_experts_residual" in config:
+        everything["multiply_gate_scores_residual"] = False
+    wanted = _outputs(dense, {}, rows=rows, length=length)
+    given = _outputs(mixture, everything, rows=rows, length=length)
     if wanted.keys() != given.keys():
         raise MoesaicError(f"{dense} returns {sorted(wanted)}, {mixture} returns {sorted(given)}.")
     differences = [float((wanted[name] - given[name]).abs().max()) for name in wanted]
@@ -91,18 +99,17 @@ def is_exact(difference: float, largest: float) -> bool:
 
 
 def _outputs(
-    path: Path, prepare: Callable[[Any], None] | None, *, rows: int, length: int
+    path: Path, overrides: dict[str, Any], *, rows: int, length: int
 ) -> dict[str, torch.Tensor]:
-    from moesaic.models.load import load
-
-    model = load(path, dtype=torch.float32)
-    model.eval()
-    if prepare is not None:
-        prepare(model)
+    model = _load(path, overrides).eval()
     vocabulary, longest = model.config.vocab_size, model.config.max_position_embeddings
     generator = torch.Generator().manual_seed(20240624)
     ids = torch.randint(0, vocabulary, (rows, min(length, longest)), generator=generator)
-    # A mask of ones: without it a sequence classifier looks for padding among the random ids.
+    pad = model.config.pad_token_id
+    if pad is None:
+        ids = ids[:1]  # a classifier of several rows asks for a pad token, to find their ends
+    else:
+        ids[ids == pad] = (pad + 1) % vocabulary
     out = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     names = ("logits", "start_logits", "end_logits", "last_hidden_state")
     found = {name: out[name].clone() for name in names if name in out}
@@ -111,7 +118,35 @@ def _outputs(
     return found
 
 
-def _all_experts_on(model: Any) -> None:
-    config = model.config
-    model.set_moe_num_selects(config.num_experts)
-    model.set_moe_calculator_multiply_gate_scores(False)
+def _load(path: Path, overrides: dict[str, Any]) -> Any:
+    import transformers
+
+    import moesaic.models  # noqa: F401 - registers the families
+
+    named = str((Checkpoint(path).config.get("architectures") or ["ForCausalLM"])[0])
+    heads = ("ForCausalLM", "ForSequenceClassification", "ForQuestionAnswering")
+    head = next((head for head in heads if named.endswith(head)), "")
+    with _no_bars():
+        loaded, info = getattr(transformers, f"AutoModel{head}").from_pretrained(
+            path, dtype=torch.float32, output_loading_info=True, local_files_only=True, **overrides
+        )
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if found := sorted(map(str, info.get(problem) or ())):
+            raise MoesaicError(
+                f"{path} does not load as a {type(loaded).__name__}: {problem.replace('_', ' ')} "
+                f"{found[0]} (and {len(found) - 1} more)."
+            )
+    return loaded
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch.nn import functional
 
-from moesaic.construct.activations import LayerStream, TextSample
+from moesaic.construct.activations import LayerStream, text_sample
 from moesaic.construct.method import Projection
 from moesaic.construct.router import RouterInputs, RouterMethod
 from moesaic.construct.routers import ROUTERS
@@ -58,10 +58,10 @@ class Select(RouterMethod):
 
     def build(self, inputs: RouterInputs) -> Iterator[dict[str, torch.Tensor]]:
         """Yield the trained router weights of every layer."""
-        sample = TextSample(inputs.model, inputs.data, self.tokens, self.context)
+        ids_BC = text_sample(inputs.model, inputs.data, tokens=self.tokens, context=self.context)
         stream = LayerStream(inputs.dense, context=self.context)
         found: list[float] = []
-        for inputs_of in stream.layers(sample.ids_BC):
+        for inputs_of in stream.layers(ids_BC):
             ids = inputs.split.experts[inputs_of.layer]
             if self.start == "weight":
                 gate, up, _ = inputs.dense.ffn(inputs_of.layer)
