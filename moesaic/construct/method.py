@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 from moesaic.construct.splits import SPLITS
 from moesaic.core.config import Config, parse
 from moesaic.core.errors import UserError
+
+if TYPE_CHECKING:
+    from moesaic.construct.dense import DenseModel
 
 __all__ = [
     "LayerSplit",
@@ -40,9 +43,7 @@ class LayerSplit(NamedTuple):
 
 @dataclass
 class SplitInputs:
-    """What a split may look at: the dense model's config and weights, the data, and the numbers
-    asked for.
-    """
+    """What a split may look at: the dense model, the data, and the numbers asked for."""
 
     model: Path
     config: Mapping[str, Any]
@@ -51,9 +52,9 @@ class SplitInputs:
     data: Any
     seed: int
     facts: dict[str, Any] = field(default_factory=dict)
-    """What the method wants kept beside the split (objective reached, tokens read); plain JSON
-    values.
-    """
+    """What the method wants kept with the split (objective reached, tokens read); JSON values."""
+    arrays: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    """Arrays worth keeping beside the split, such as importance scores."""
 
     @property
     def layers(self) -> int:
@@ -71,23 +72,23 @@ class SplitInputs:
         return self.width // self.experts
 
     @cached_property
-    def checkpoint(self) -> Any:
-        """The dense checkpoint, read tensor by tensor."""
-        from moesaic.models.checkpoint import Checkpoint
+    def dense(self) -> "DenseModel":
+        """The dense model, checked, its tensors read one by one."""
+        from moesaic.construct.dense import open_dense
 
-        return Checkpoint(self.model)
+        return open_dense(self.model)
 
     def rows(self, layer: int, projection: Projection) -> NDArray[np.float32]:
-        """The rows of one projection of a layer, one per neuron: float32 [F, D]. UserError when one
-        is NaN.
+        """The rows of one projection of a layer, one per neuron: float32 [F, D], a copy.
+
+        Raises UserError when one is NaN or infinite.
         """
-        name = f"model.layers.{layer}.mlp.{projection}_proj.weight"
-        rows: NDArray[np.float32] = self.checkpoint.read(name).float().numpy()
-        if not np.isfinite(rows.sum(dtype=np.float64)):
-            raise UserError(
-                f"{name} in {self.model} holds NaN or infinite values. Repair or replace the "
-                "checkpoint."
-            )
+        import torch
+
+        gate, up, _ = self.dense.ffn(layer)
+        name = gate if projection == "gate" else up
+        rows: NDArray[np.float32] = self.dense.read(name).to(torch.float32, copy=True).numpy()
+        self.dense.checkpoint.release([name])
         return rows
 
     def check_division(self) -> None:
@@ -95,8 +96,7 @@ class SplitInputs:
         if self.experts < 1 or not 0 <= self.shared < self.experts:
             raise UserError(
                 f"experts={self.experts} with shared={self.shared} was given. experts counts "
-                "all experts, shared ones "
-                "included; give at least 1 expert and fewer shared than experts."
+                "all experts, shared ones included; give at least 1 expert and fewer shared than experts."
             )
         if self.width % self.experts:
             near = [
@@ -127,8 +127,7 @@ class SplitMethod(Config):
             able = [name for name in SPLITS.names() if SPLITS.get(name).makes_shared]
             raise UserError(
                 f"shared={inputs.shared} was asked of the split {self.key}, which makes no "
-                "shared experts. "
-                f"Use shared=0 or one of: {', '.join(able)}."
+                f"shared experts. Use shared=0 or one of: {', '.join(able)}."
             )
         if self.needs_data and inputs.data is None:
             raise UserError(
@@ -142,8 +141,9 @@ class SplitMethod(Config):
 
 
 def resolve_method(method: str | Mapping[str, Any] | SplitMethod) -> SplitMethod:
-    """The method object that a name, a mapping `{"method": name, field: value}` or an object stands
-    for.
+    """The method that a name, a mapping `{"method": name, field: value}` or an object stands for.
+
+    Raises UserError for an unknown name or field, with the nearest one.
     """
     if isinstance(method, SplitMethod):
         return method
@@ -160,7 +160,10 @@ def resolve_method(method: str | Mapping[str, Any] | SplitMethod) -> SplitMethod
 
 
 def read_model_config(model: Path) -> dict[str, Any]:
-    """The config.json of a dense LLaMA or Mistral; UserError when it is missing or of another kind."""
+    """The config.json of a dense LLaMA or Mistral, a directory or the file itself.
+
+    Raises UserError when it is missing or of another kind.
+    """
     path = Path(model) / "config.json" if Path(model).is_dir() else Path(model)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

@@ -19,7 +19,7 @@ from safetensors.numpy import save as serialise
 from moesaic.construct.method import SplitInputs, SplitMethod, read_model_config, resolve_method
 from moesaic.core.console import note, track
 from moesaic.core.errors import UserError
-from moesaic.core.files import output_directory, write_bytes, write_text
+from moesaic.core.files import check_output, output_directory, write_bytes, write_text
 from moesaic.core.lineage import write_lineage
 
 __all__ = ["FILE_NAME", "NeuronSplit", "make_split", "split"]
@@ -33,8 +33,7 @@ class NeuronSplit:
     """A division of the neurons of every layer among routed experts and shared experts.
 
     Experts may differ in width, may have neurons in common, and need not hold every neuron; `exact`
-    and
-    `coverage` say which. The order inside an expert is the order its weights are stored in.
+    and `coverage` say which. The order inside an expert is the order its weights are stored in.
 
     Raises UserError when layers differ in their number of experts, an expert is empty, holds a
     neuron twice or names a neuron outside 0..width-1.
@@ -43,9 +42,7 @@ class NeuronSplit:
     experts: list[list[NDArray[np.int64]]]
     """[layer][routed expert] neuron ids."""
     shared: list[list[NDArray[np.int64]]]
-    """[layer][shared expert] ids of neurons that are always on; an empty list per layer when there
-    are none.
-    """
+    """[layer][shared expert] ids of neurons that are always on; empty lists when there are none."""
     width: int
     """F, the number of neurons of a dense layer."""
     meta: dict[str, Any] = field(default_factory=dict)
@@ -62,16 +59,14 @@ class NeuronSplit:
         if len(self.shared) != len(self.experts):
             raise UserError(
                 f"The split has {len(self.experts)} layers of experts but {len(self.shared)} of "
-                "shared experts. "
-                "Give one list per layer in both; an empty list means no shared expert."
+                "shared experts. Give one list per layer in both; an empty list means no shared expert."
             )
         for name, groups in (("experts", self.experts), ("shared experts", self.shared)):
             counts = {len(layer) for layer in groups}
             if len(counts) > 1:
                 raise UserError(
                     f"Layers with {sorted(counts)} {name} were given, but every layer needs the "
-                    "same number. "
-                    "Make the split again with one number of experts."
+                    "same number. Make the split again with one number of experts."
                 )
         if not self.experts[0]:
             raise UserError(
@@ -126,8 +121,7 @@ class NeuronSplit:
         if not bool((self.copies(layer) == 1).all()):
             raise UserError(
                 f"Layer {layer} of this split repeats or drops neurons, so a neuron has no "
-                "single expert id. "
-                "Use `experts` and `shared`, which list the neurons of each expert."
+                "single expert id. Use `experts` and `shared`, which list the neurons of each expert."
             )
         labels = np.empty(self.width, np.int64)
         for number, ids in enumerate(self.experts[layer] + self.shared[layer]):
@@ -135,9 +129,7 @@ class NeuronSplit:
         return labels
 
     def save(self, path: Path) -> Path:
-        """Write the split as one safetensors file: `layers.{i}.experts.{e}` and
-        `layers.{i}.shared.{r}`, int32.
-        """
+        """Write one safetensors file, int32: `layers.{i}.experts.{e}`, `layers.{i}.shared.{r}`."""
         tensors = {}
         for index in range(self.layers):
             for name, groups in (("experts", self.experts[index]), ("shared", self.shared[index])):
@@ -208,9 +200,7 @@ class NeuronSplit:
         experts: int,
         meta: Mapping[str, Any] | None = None,
     ) -> "NeuronSplit":
-        """Make a split from one expert id per neuron, [L][F] in 0..experts-1; ids ascend inside an
-        expert.
-        """
+        """Make a split from one expert id per neuron, [L][F]; ids ascend inside an expert."""
         layers = [
             [np.flatnonzero(np.asarray(row) == expert) for expert in range(experts)]
             for row in labels
@@ -266,6 +256,55 @@ def split(
     Raises UserError when the width does not divide by `experts`, the method cannot do what was
     asked (shared experts, missing data), or the model is not a dense LLaMA.
     """
+    return divide(model, method, experts, shared, data, seed)[0]
+
+
+def make_split(
+    model: Path | str,
+    *,
+    out: Path,
+    method: str | Mapping[str, Any] | SplitMethod = "random",
+    experts: int,
+    shared: int = 0,
+    data: Any = None,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> Path:
+    """Make a split and write its directory; says so when neurons repeat or vanish.
+
+    The directory holds split.safetensors, split.json (resolved settings and figures), moesaic.json,
+    and scores.safetensors where the method scored neurons. Raises as `split` does.
+    """
+    out = check_output(out, overwrite=overwrite)
+    with output_directory(out, overwrite=overwrite) as partial:
+        made, arrays = divide(model, method, experts, shared, data, seed)
+        made.save(partial / FILE_NAME)
+        if arrays:
+            write_bytes(partial / "scores.safetensors", serialise(arrays))
+        write_text(partial / "split.json", json.dumps(made.meta, indent=2) + "\n")
+        held = made.coverage()
+        facts = {"exact": made.exact, "coverage": held}
+        write_lineage(
+            partial, step="split", parent=str(model), config=made.meta, seed=seed, **facts
+        )
+    if not made.exact:
+        note(
+            f"split {made.meta['method']}: neurons repeat or vanish; the experts hold "
+            f"{min(held):.1%} to {max(held):.1%} of a layer's neurons, so all experts together "
+            "are not the dense model"
+        )
+    return out
+
+
+def divide(
+    model: Path | str,
+    method: str | Mapping[str, Any] | SplitMethod,
+    experts: int,
+    shared: int,
+    data: Any,
+    seed: int,
+) -> tuple[NeuronSplit, dict[str, NDArray[np.float32]]]:
+    """What `split` does; also returns the arrays that the method wants kept."""
     chosen = resolve_method(method)
     inputs = SplitInputs(Path(model), read_model_config(Path(model)), experts, shared, data, seed)
     inputs.check_division()
@@ -282,45 +321,9 @@ def split(
         **inputs.facts,
     }
     made = NeuronSplit(
-        [layer.experts for layer in layers], [layer.shared for layer in layers], inputs.width, meta
+        [layer.experts for layer in layers],
+        [layer.shared for layer in layers],
+        inputs.width,
+        meta,
     )
-    if not made.exact:
-        held = made.coverage()
-        note(
-            f"split {chosen.key}: neurons repeat or vanish; the experts hold {min(held):.1%} to "
-            f"{max(held):.1%} "
-            "of a layer's neurons, so all experts together are not the dense model"
-        )
-    return made
-
-
-def make_split(
-    model: Path | str,
-    *,
-    out: Path,
-    method: str | Mapping[str, Any] | SplitMethod = "random",
-    experts: int,
-    shared: int = 0,
-    data: Any = None,
-    seed: int = 0,
-    overwrite: bool = False,
-) -> Path:
-    """Make a split and write its directory: split.safetensors, split.json (the resolved settings),
-    moesaic.json.
-    """
-    out = Path(out)
-    with output_directory(out, overwrite=overwrite) as partial:
-        made = split(model, method=method, experts=experts, shared=shared, data=data, seed=seed)
-        made.save(partial / FILE_NAME)
-        write_text(partial / "split.json", json.dumps(made.meta, indent=2) + "\n")
-        held = made.coverage()
-        write_lineage(
-            partial,
-            step="split",
-            parent=str(model),
-            config=made.meta,
-            seed=seed,
-            exact=made.exact,
-            coverage=held,
-        )
-    return out
+    return made, inputs.arrays
