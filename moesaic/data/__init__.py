@@ -1,8 +1,9 @@
 """Text in, blocks of token ids out: sources, tokens on disk, domain mixtures, tokenizers."""
 
 from moesaic.data.batches import calibration_batches, document_rows
-from moesaic.data.mixture import MixtureStream, domain_weights, open_mixture
+from moesaic.data.mixture import MixtureStream, open_mixture
 from moesaic.data.packing import Block, EndOfData
+from moesaic.data.portions import domain_weights
 from moesaic.data.sources import Data, Source, open_domains, open_source
 from moesaic.data.tokens import TokenDomain, open_tokens
 

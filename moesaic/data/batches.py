@@ -35,7 +35,8 @@ def document_rows(
 def calibration_batches(
     data: Data, tokenizer: Any, *, tokens: int, context: int = 512, batch: int = 8
 ) -> Iterator[torch.Tensor]:
-    """Yield LongTensors [B, T] of real text: `tokens` in all, rounded down to full rows of `context`.
+    """Yield LongTensors [B, T] of real text: `tokens` in all, rounded down to full rows of
+    `context`.
 
     The domains take turns row by row; inside a domain, documents follow one another in their order.
     Every row is full, so there is no mask. Raises UserError when the data holds less than one row.
@@ -52,7 +53,8 @@ def calibration_batches(
         yield torch.tensor(chunk, dtype=torch.long)
     if empty:
         raise UserError(
-            f"the data holds less than one row of {context} tokens. Give more text or a shorter context."
+            f"the data holds less than one row of {context} tokens. "
+            "Give more text or a shorter context."
         )
 
 

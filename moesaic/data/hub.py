@@ -22,7 +22,9 @@ class HubDataset:
     @classmethod
     def parse(cls, name: str) -> HubDataset:
         """Read ``path[:config][@split]``."""
-        found = re.fullmatch(r"(?P<path>[^:@]+)(?::(?P<config>[^:@]+))?(?:@(?P<split>[^:@]+))?", name)
+        found = re.fullmatch(
+            r"(?P<path>[^:@]+)(?::(?P<config>[^:@]+))?(?:@(?P<split>[^:@]+))?", name
+        )
         if found is None:
             raise UserError(f"'{name}' is no dataset name. Write org/name, org/name:config@split.")
         return cls(found["path"], found["config"], found["split"] or "train")
@@ -35,9 +37,7 @@ class HubDataset:
         """Yield the text of each row. Raises UserError without a text column or a connection."""
         library = _library(self.path)
         try:
-            rows = library.load_dataset(
-                self.path, self.config, split=self.split, streaming=True
-            )
+            rows = library.load_dataset(self.path, self.config, split=self.split, streaming=True)
         except Exception as error:
             raise self._refusal(error) from None
         for number, row in enumerate(rows):
@@ -73,7 +73,7 @@ def _library(name: str) -> Any:
         import datasets
     except ModuleNotFoundError:
         raise UserError(
-            f"'{name}' is not a file here; to read it as a Hugging Face dataset install the package "
-            "`datasets`: pip install 'moesaic[data]'."
+            f"'{name}' is not a file here; to read it as a Hugging Face dataset install "
+            "the package `datasets`: pip install 'moesaic[data]'."
         ) from None
     return datasets

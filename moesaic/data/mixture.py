@@ -1,8 +1,8 @@
 """Blocks drawn from weighted domains: one endless, resumable stream for the whole run.
 
 Draw g picks its domain with the g-th pseudorandom number and takes that domain's next block. The
-sequence of draws is one and the same however many processes read it: of every `world` draws, process
-`rank` reads its own and steps over the others, so all processes hold the same cursor.
+sequence of draws is one and the same however many processes read it: of every `world` draws,
+process `rank` reads its own and steps over the others, so all processes hold the same cursor.
 
 Epoch policy: a domain that has been read to its end is shuffled anew and read again.
 """
@@ -28,9 +28,9 @@ Weights = Portions | Literal["size"] | Mapping[str, float]
 class MixtureStream:
     """Draws blocks of `block` token ids from `domains` in proportion to their weights.
 
-    `weights` is a preset (`moesaic.data.portions`), ``size`` (in proportion to tokens) or a mapping.
-    Iterating ends quietly where `next_block` raises EndOfData. The same arguments give the same
-    blocks on every machine; `state_dict` is JSON, and loading it is immediate, not a replay.
+    `weights` is a preset (`moesaic.data.portions`), ``size`` (in proportion to tokens) or a
+    mapping. Iterating ends quietly where `next_block` raises EndOfData. The same arguments give the
+    same blocks on every machine; `state_dict` is JSON, and loading it is immediate, not a replay.
     """
 
     def __init__(
@@ -72,7 +72,10 @@ class MixtureStream:
         return {name: packed.epochs for name, packed in self.domains.items()}
 
     def set_weights(self, weights: Portions | Mapping[str, float]) -> None:
-        """Draw by these weights from now on (they need not sum to 1). UserError as domain_weights."""
+        """Draw by these weights from now on (they need not sum to 1).
+
+        Raises UserError as `domain_weights` does.
+        """
         self.weights = domain_weights(weights, list(self.domains))
         self._bounds = list(itertools.accumulate(self.weights.values()))
 

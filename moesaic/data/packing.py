@@ -1,8 +1,8 @@
-"""Documents laid end to end and cut into blocks; no token is lost, and the cursor is a few integers.
+"""Documents laid end to end and cut into blocks; no token is lost, the cursor is a few integers.
 
 A domain's documents are read in a pseudorandom order, a new one for every epoch. Each becomes
 ``BOS ids EOS`` (only the delimiters that the tokenizer has; one, in front, where both are the same
-token). A block is the next `block` tokens, so a document that does not fit goes on in a later block.
+token). A block is the next `block` tokens; a document that does not fit goes on in a later block.
 
 Neighbouring blocks come from different documents: `lanes` documents are open at a time, and block b
 continues lane b modulo `lanes`. A long book then does not fill a whole batch.
@@ -32,8 +32,8 @@ class EndOfData(UserError):
 class Block:
     """A block of tokens and where its documents begin.
 
-    All arrays are int64 [T]: `ids`; `document`, 0, 1, 2, ... within the block; `position`, 0, 1, ...
-    within each document's part of the block (pass it as position_ids to keep documents apart).
+    All arrays are int64 [T]: `ids`; `document`, 0, 1, 2, ... within the block; `position`, 0, 1,
+    ... within each document's part of the block (pass it as position_ids to keep documents apart).
     """
 
     domain: str
@@ -64,7 +64,9 @@ class PackedDomain:
         max_epochs: float | None = None,
     ) -> None:
         if domain.tokens == 0:
-            raise UserError(f"the domain '{domain.name}' holds no token. Give it text, or leave it out.")
+            raise UserError(
+                f"the domain '{domain.name}' holds no token. Give it text, or leave it out."
+            )
         self.domain = domain
         self.block = block
         self.seed = seed
@@ -118,8 +120,8 @@ class PackedDomain:
             k >= 0 and used > self._length(k) for k, used in lanes
         ):
             raise UserError(
-                f"the saved position in the domain '{self.domain.name}' does not fit its documents. "
-                "Resume with the data the run began with."
+                f"the saved position in the domain '{self.domain.name}' does not fit its "
+                "documents. Resume with the data the run began with."
             )
         self.blocks = int(state["blocks"])
         self.opened = int(state["opened"])
@@ -162,7 +164,9 @@ class PackedDomain:
         epoch, place = divmod(k, len(self.domain))
         if epoch not in self._orders:
             order = Permutation(len(self.domain), key(self.seed, self.domain.name, epoch))
-            self._orders = {e: o for e, o in self._orders.items() if e >= epoch - 1} | {epoch: order}
+            self._orders = {e: o for e, o in self._orders.items() if e >= epoch - 1} | {
+                epoch: order
+            }
         return self._orders[epoch][place]
 
     def _length(self, k: int) -> int:

@@ -65,7 +65,8 @@ def domain_weights(
         if weights not in PORTIONS:
             names = [*PORTIONS, "uniform"]
             raise UserError(
-                f"weights '{weights}' are unknown.{nearest(weights, names)} Use {', '.join(names)}, "
+                f"weights '{weights}' are unknown.{nearest(weights, names)} Use "
+                f"{', '.join(names)}, "
                 "or give each domain a number."
             )
         preset = PORTIONS[weights]
@@ -76,7 +77,8 @@ def domain_weights(
     for name, weight in chosen.items():
         if not (weight > 0 and math.isfinite(weight)):
             raise UserError(
-                f"weights.{name} is {weight}. Give a number above 0, or leave the domain out of the data."
+                f"weights.{name} is {weight}. Give a number above 0, or leave the domain "
+                "out of the data."
             )
     total = math.fsum(chosen.values())
     return {name: weight / total for name, weight in chosen.items()}

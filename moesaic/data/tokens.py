@@ -12,27 +12,29 @@ Which tokens delimit documents is decided when blocks are made, so the cache ser
 
 from __future__ import annotations
 
+import array
 import contextlib
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from moesaic.core.console import progress
 from moesaic.core.errors import UserError
-from moesaic.core.files import output_directory
 from moesaic.data.sources import Data, Source, open_domains
 
 _FORMAT = 1
 _BATCH_CHARACTERS = 4_000_000
 _BATCH_DOCUMENTS = 2_000
+_STALE_SECONDS = 24 * 3600
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,15 +84,15 @@ def open_tokens(
 ) -> dict[str, TokenDomain]:
     """Tokenise every domain of `data`, or find it in the cache; `cache` None: `cache_directory()`.
 
-    `tokenizer` is a transformers tokenizer, best a fast one. Raises UserError for faults in the data
-    and for a domain without a single token.
+    `tokenizer` is a transformers tokenizer, best a fast one. Raises UserError for faults in the
+    data and for a domain without a single token.
     """
     sources = open_domains(data)
     folder = cache_directory() if cache is None else Path(cache)
     fingerprint = tokenizer_fingerprint(tokenizer)
     opened = {}
     for name, source in sources.items():
-        path = folder / f"{fingerprint[:16]}-{source_fingerprint(source, folder)[:32]}"
+        path = folder / f"{fingerprint[:16]}-{source.fingerprint()[:32]}"
         if not (path / "tokens.json").is_file():
             _write(path, source, tokenizer, name)
         opened[name] = _open(path, name, tokenizer)
@@ -146,30 +148,54 @@ def _encoder(tokenizer: Any) -> Any:
     ]
 
 
-def source_fingerprint(source: Source, folder: Path) -> str:
-    """Return the source's fingerprint."""
-    return source.fingerprint()
-
-
 def _write(path: Path, source: Source, tokenizer: Any, name: str) -> None:
+    """Write a cache entry under a name of its own, then rename it; several writers may race."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_stale(path)
+    # Not core.files.output_directory: several machines may share the cache, and process ids would
+    # then neither be unique nor tell who is alive.
+    partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.partial-"))
+    try:
+        _write_entry(partial, source, tokenizer, name)
+        try:
+            partial.rename(path)
+        except OSError:
+            if not (path / "tokens.json").is_file():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_entry(folder: Path, source: Source, tokenizer: Any, name: str) -> None:
     width = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
-    offsets = [0]
-    with contextlib.suppress(FileExistsError), output_directory(path, overwrite=True) as partial:
-        with (partial / "ids.bin").open("wb") as file, progress(f"tokenising {name}") as bar:
-            for batch in encode_batches(source.documents(), tokenizer):
-                for ids in batch:
-                    file.write(np.asarray(ids, dtype=width).tobytes())
-                    offsets.append(offsets[-1] + len(ids))
-                bar.advance(len(batch), tokens=offsets[-1])
-        (partial / "offsets.bin").write_bytes(np.asarray(offsets, dtype=np.int64).tobytes())
-        facts = {"documents": len(offsets) - 1, "tokens": offsets[-1], "dtype": width.__name__}
-        (partial / "tokens.json").write_text(json.dumps(facts))
+    offsets = array.array("q", [0])
+    with (folder / "ids.bin").open("wb") as file, progress(f"tokenising {name}") as bar:
+        for batch in encode_batches(source.documents(), tokenizer):
+            for ids in batch:
+                file.write(np.asarray(ids, dtype=width).tobytes())
+                offsets.append(offsets[-1] + len(ids))
+            bar.advance(len(batch), tokens=offsets[-1])
+    if offsets[-1] == 0:
+        raise UserError(f"the domain '{name}' holds no token. Give it text, or leave it out.")
+    with (folder / "offsets.bin").open("wb") as file:
+        offsets.tofile(file)
+    facts = {"documents": len(offsets) - 1, "tokens": offsets[-1], "dtype": width.__name__}
+    (folder / "tokens.json").write_text(json.dumps(facts), encoding="utf-8")
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove what a killed writer left; a living one has touched its files within a day."""
+    for leftover in path.parent.glob(f".{path.name}.partial-*"):
+        with contextlib.suppress(OSError):
+            newest = max(file.stat().st_mtime for file in [leftover, *leftover.iterdir()])
+            if time.time() - newest > _STALE_SECONDS:
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _open(path: Path, name: str, tokenizer: Any) -> TokenDomain:
-    facts = json.loads((path / "tokens.json").read_text())
-    if facts["tokens"] == 0:
-        raise UserError(f"the domain '{name}' holds no token. Give it text, or leave it out.")
+    facts = json.loads((path / "tokens.json").read_text(encoding="utf-8"))
     ids = np.memmap(path / "ids.bin", dtype=facts["dtype"], mode="r")
     offsets = np.memmap(path / "offsets.bin", dtype=np.int64, mode="r")
+    if len(ids) != facts["tokens"] or len(offsets) != facts["documents"] + 1:
+        raise UserError(f"{path}: the cached tokens are damaged. Remove that folder.")
     return TokenDomain(name, ids, offsets, tokenizer.bos_token_id, tokenizer.eos_token_id)
