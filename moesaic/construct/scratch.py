@@ -128,6 +128,7 @@ def build(
 
 def model_config(wanted: InitConfig) -> PreTrainedConfig:
     """Build the transformers config that `wanted` describes and check that it came out as asked."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -148,7 +149,7 @@ def model_config(wanted: InitConfig) -> PreTrainedConfig:
             )
     try:
         config = cls(**wanted.config)
-    except (TypeError, ValueError, KeyError) as error:
+    except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
         detail = " ".join(str(error).split())
         raise UserError(f"{cls.__name__} refuses these fields: {detail} Correct them.") from None
     for name, asked in wanted.config.items():

@@ -20,14 +20,28 @@ DataSource = str | dict[str, str | list[str]]
 class DynamicConfig(Config):
     """Change the domain weights after each evaluation, from losses against a reference model."""
 
-    rule: Literal["sheared", "sheared-paper"] = "sheared"
-    """`sheared`: smoothed exponentiated excess; `sheared-paper`: only positive excess counts."""
-    reference: Literal["llama2-7b"] | dict[str, float]
-    """Held-out loss of the reference model per domain (nats a token); `llama2-7b` is LLaMA-MoE's table."""
-    rate: float = Field(1.0, gt=0)
-    """Step size of the rule `sheared`."""
-    smoothing: float = Field(1e-4, ge=0, lt=1)
-    """Share that the rule `sheared` spreads evenly, so that no domain vanishes."""
+    rule: Literal["sheared_llama", "sheared_llama_paper"] = "sheared_llama"
+    """`sheared_llama`: smoothed, excess of either sign counts; `..._paper`: only positive excess."""
+    reference: str | dict[str, float]
+    """Held-out loss of the reference model per domain (nats a token): a mapping, a JSON file with one,
+    or `llama2-7b` (LLaMA-MoE's table; it fits LLaMA-2's tokenizer only)."""
+    rate: float | None = Field(None, gt=0)
+    """Step size of the rule `sheared_llama`; None: 1."""
+    smoothing: float | None = Field(None, ge=0, lt=1)
+    """Share that `sheared_llama` spreads evenly, so that no domain vanishes; None: 1e-4."""
+
+    @model_validator(mode="after")
+    def _options_have_effect(self) -> DynamicConfig:
+        if self.rule != "sheared_llama" and self.options:
+            name = next(iter(self.options))
+            raise ValueError(f"{name} has no effect on the rule '{self.rule}'. Leave it out.")
+        return self
+
+    @property
+    def options(self) -> dict[str, float]:
+        """Options of the rule that were given."""
+        given = {"rate": self.rate, "smoothing": self.smoothing}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 class DataConfig(Config):

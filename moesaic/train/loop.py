@@ -25,13 +25,13 @@ from moesaic.core.config import load, parse, to_yaml
 from moesaic.core.console import note, progress
 from moesaic.core.errors import MoesaicError, UserError
 from moesaic.core.files import write_text
+from moesaic.data.dynamic import reference_losses, update_weights
 from moesaic.train import batches, export, setup, state
 from moesaic.train.config import TrainConfig
 from moesaic.train.optimizer import Optimizer
 from moesaic.train.schedule import Schedule
 from moesaic.train.step import PassOutput, build_pass, run_update, set_balance_coefficient
 from moesaic.train.telemetry import LOG_NAME, Clock, Log, Window, peak_flops
-from moesaic.train.weights import reference_losses, update_weights
 
 CONFIG_NAME = "train.yaml"
 
@@ -57,8 +57,9 @@ def train(
     resumed run would follow another course; MoesaicError when the loss is not finite or a save fails.
     """
     settings = read_config(config, model=model, overrides=overrides)
-    run = Run.prepare(settings, Path(out).expanduser().absolute(), resume=resume)
-    return run.path if run.finished else run.train()
+    with state.own_generators(settings.seed):
+        run = Run.prepare(settings, Path(out).expanduser().absolute(), resume=resume)
+        return run.path if run.finished else run.train()
 
 
 def read_config(
@@ -147,7 +148,6 @@ class Run:
 
     def _build(self) -> None:
         config = self.config
-        torch.manual_seed(config.seed)
         self.device = setup.device(config.device)
         self.precision = setup.precision(config.precision, self.device)
         self.model = setup.load_model(config, self.device, self.precision)
@@ -299,15 +299,11 @@ class Run:
             log.write("evaluate", self.step, tokens=self.step * self.config.tokens_per_step, loss=losses)
             dynamic = self.config.data.dynamic
             if dynamic is not None and self.step > 0:
-                self.weights = update_weights(
-                    self.weights,
-                    losses,
-                    reference_losses(dynamic.reference, list(self.weights)),
-                    rule=dynamic.rule,
-                    rate=dynamic.rate,
-                    smoothing=dynamic.smoothing,
+                reference = reference_losses(dynamic.reference, list(self.weights))
+                weights = update_weights(
+                    dynamic.rule, self.weights, losses, reference, **dynamic.options
                 )
-                self.data.stream.set_weights(self.weights)
+                self.data.stream.set_weights(weights)
                 self.weights = dict(self.data.stream.weights)
                 self.cursor = self.data.stream.state_dict()
 

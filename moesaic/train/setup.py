@@ -10,9 +10,9 @@ import torch
 
 from moesaic.core.errors import UserError
 from moesaic.data import MixtureStream, Source, open_domains, open_mixture
+from moesaic.data.dynamic import reference_losses
 from moesaic.measure import held_out_loss
 from moesaic.train.config import TrainConfig
-from moesaic.train.weights import reference_losses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

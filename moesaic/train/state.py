@@ -12,10 +12,11 @@ It appears by a rename, so it is whole or absent; a killed save leaves the state
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,19 @@ def restore_state(
             value.copy_(saved[name])
     optimizer.load_tensors(_load(folder / "optimizer.safetensors"))
     _restore_rng(facts["rng"], _load(folder / "rng.safetensors"))
+
+
+@contextlib.contextmanager
+def own_generators(seed: int) -> Iterator[None]:
+    """Seed torch's, numpy's and python's generators inside the block; give the caller's back after."""
+    host, generators = _python_rng(), _torch_rng()
+    try:
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        yield
+    finally:
+        _restore_rng(host, generators)
 
 
 def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
