@@ -104,7 +104,7 @@ def test_log_lines_report_the_run(settings, tmp_path):
 
 
 def tokens(out, name):
-    state = json.loads((next(iter(states(out).values())) / "state.json").read_text())
+    state = json.loads((list(states(out).values())[-1] / "state.json").read_text())
     drawn = state["drawn"][name]
     return drawn * 32 / log(out)[-1]["epochs"][name]
 
