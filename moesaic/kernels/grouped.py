@@ -13,13 +13,14 @@ deterministic (stable sort, gathers and sums, no atomics). The algebra is that o
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from moesaic.kernels.matmul import ALIGNMENT, Backend, outer, rows, why_not_grouped
-from moesaic.kernels.reference import Activation, activate
+from moesaic.kernels.reference import GELU, Activation, activate
 
 
 def choose_backend(
@@ -56,7 +57,7 @@ def experts(
         backend, _ = choose_backend(x_TD, gate_up_EJD, down_EDI)
     if x_TD.shape[0] == 0:
         backend = "loop"
-    out_TD: torch.Tensor = _Experts.apply(
+    out_TD: torch.Tensor = _Experts.apply(  # type: ignore[no-untyped-call]
         x_TD, gate_up_EJD, down_EDI, ids_TK, weights_TK, activation, backend
     )
     return out_TD
@@ -102,13 +103,12 @@ def _activation_backward(
     """Return the gradient of `activate`; `grad_input=` names a tensor to write it into."""
     overload = "grad_input" if out else "default"
     if activation == "silu":
-        return getattr(torch.ops.aten.silu_backward, overload)(d_act_NI, gate_NI, **out)
-    return getattr(torch.ops.aten.gelu_backward, overload)(
-        d_act_NI,
-        gate_NI,
-        approximate="tanh" if activation == "gelu_tanh" else "none",
-        **out,
-    )
+        operator = getattr(torch.ops.aten.silu_backward, overload)
+    else:
+        operator = getattr(torch.ops.aten.gelu_backward, overload)
+        operator = partial(operator, approximate=GELU[activation])
+    d_gate_NI: torch.Tensor = operator(d_act_NI, gate_NI, **out)
+    return d_gate_NI
 
 
 def _gate_backward(

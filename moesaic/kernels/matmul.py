@@ -47,7 +47,8 @@ def rows(
     if backend == "grouped":
         return F.grouped_mm(a_NP, w_EPQ, offs=ends_E)
     if torch.compiler.is_compiling():
-        return torch.ops.moesaic.loop_rows(a_NP, w_EPQ, ends_E)
+        out_NQ: torch.Tensor = torch.ops.moesaic.loop_rows(a_NP, w_EPQ, ends_E)
+        return out_NQ
     return _loop_rows(a_NP, w_EPQ, ends_E)
 
 
@@ -58,7 +59,8 @@ def outer(
     if backend == "grouped":
         return F.grouped_mm(a_NP.t(), b_NQ, offs=ends_E)
     if torch.compiler.is_compiling():
-        return torch.ops.moesaic.loop_outer(a_NP, b_NQ, ends_E)
+        out_EPQ: torch.Tensor = torch.ops.moesaic.loop_outer(a_NP, b_NQ, ends_E)
+        return out_EPQ
     return _loop_outer(a_NP, b_NQ, ends_E)
 
 

@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
+GELU = {"gelu": "none", "gelu_tanh": "tanh"}  # torch's name for the approximation
 
 
 def activate(gate: torch.Tensor, activation: Activation) -> torch.Tensor:
     """Apply the named activation element by element."""
     if activation == "silu":
         return F.silu(gate)
-    return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return F.gelu(gate, approximate=GELU[activation])
 
 
 def experts(

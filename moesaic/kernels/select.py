@@ -66,7 +66,7 @@ def why_unusual(module: torch.nn.Module) -> str | None:
     if activation_of(module) is None:
         return f"its activation is {type(getattr(module, 'act_fn', None)).__name__}"
     for name in ("gate_up_proj", "down_proj"):
-        weight = getattr(module, name, None)
+        weight: Any = getattr(module, name, None)
         if type(weight) not in (torch.Tensor, torch.nn.Parameter):
             return f"its {name} is a {type(weight).__name__}"
         if not weight.is_floating_point():
@@ -104,7 +104,7 @@ def _delegate(
     return out_TD
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _say(text: str) -> None:
     """Say `text` unless it was said before in this process; under torch.compile, while tracing."""
     if text not in _said:

@@ -83,7 +83,7 @@ def find(model: str | Path, **options: Any) -> Source:
     hub = _hub_id(model)
     if hub is None:
         raise UserError(
-            f"{name} does not exist.{nearest(name, _aliases())} Give a model directory, a hub id "
+            f"{name} does not exist.{nearest(name, aliases())} Give a model directory, a hub id "
             f"(organisation/name) or an alias ({', '.join(sorted(catalog()))})."
         )
     return Source(name, hub, None, _fetch_config(name, hub, options))
@@ -124,7 +124,8 @@ def caveat(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _aliases() -> dict[str, Entry]:
+def aliases() -> dict[str, Entry]:
+    """Return the catalog by every alias, the second names of a model included."""
     found = dict(catalog())
     for entry in catalog().values():
         found |= dict.fromkeys(entry.also, entry)
@@ -132,7 +133,7 @@ def _aliases() -> dict[str, Entry]:
 
 
 def _hub_id(model: str | Path) -> str | None:
-    entry = _aliases().get(str(model))
+    entry = aliases().get(str(model))
     if entry is not None:
         if entry.hub is None:
             raise UserError(f"{model}: {entry.note}. Give a directory that holds it.")
@@ -154,14 +155,19 @@ def _read_config(directory: Path) -> dict[str, Any]:
 
 
 def _fetch_config(name: str, hub: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     wanted = {key: options[key] for key in _HUB_OPTIONS if key in options}
     try:
         file = cached_file(hub, "config.json", **wanted)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split("\n")[0].split())
         where = name if name == hub else f"{name} ({hub})"
+        if options.get("local_files_only"):
+            raise UserError(
+                f"{where} is no local directory, and its config.json was not downloaded before. "
+                f"Download it (hf download {hub} config.json), or give a directory."
+            ) from error
+        reason = " ".join(str(error).split("\n")[0].split())
         raise UserError(
             f"{where} is no local directory, and its config.json could not be had from the hub: "
             f"{reason} Check the name and the network, or give a directory."

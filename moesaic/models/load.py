@@ -97,7 +97,8 @@ def model_class(config: Mapping[str, Any], *, source: str = "config.json") -> ty
             f"{source}: there is no class {names[0] if names else 'for this model'}. "
             f"model_type {config['model_type']} has: {known}."
         )
-    return found[0]
+    chosen: type[PreTrainedModel] = found[0]
+    return chosen
 
 
 def _from_pretrained(
@@ -107,7 +108,7 @@ def _from_pretrained(
         kwargs.pop("subfolder", None)
     try:
         # Mismatched sizes are taken here and refused below, where all of them are listed.
-        loaded, info = cls.from_pretrained(
+        result: Any = cls.from_pretrained(
             source.location,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
@@ -127,6 +128,7 @@ def _from_pretrained(
         raise UserError(
             f"{source.name}: its weights do not fit {cls.__name__}: {detail or _one_line(error)}"
         ) from error
+    loaded, info = result
     return loaded, info
 
 
@@ -189,10 +191,10 @@ def _quiet(*, bar: bool) -> Iterator[_Report]:
     bars = hub_logging.is_progress_bar_enabled()
     logger.addFilter(report)
     if not bar:
-        hub_logging.disable_progress_bar()
+        hub_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield report
     finally:
         logger.removeFilter(report)
         if bars:
-            hub_logging.enable_progress_bar()
+            hub_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
