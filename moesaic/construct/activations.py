@@ -103,7 +103,10 @@ class LayerStream:
             module: Any = self.load(layer)
             residual_TD, normed_TD = self.attend(module, hidden_BCD)
             yield LayerInputs(layer, residual_TD, normed_TD, module)
-            hidden_BCD = (residual_TD + module.mlp(normed_TD)).view_as(hidden_BCD)
+            # In parts: the neurons of all tokens at once are F/D times what is held already.
+            step = _ROWS_AT_ONCE * ids_BC.shape[1]
+            out_TD = torch.cat([module.mlp(part) for part in normed_TD.split(step)])
+            hidden_BCD = (residual_TD + out_TD).view_as(hidden_BCD)
 
 
 def text_sample(model: Path, data: Any, *, tokens: int, context: int) -> torch.Tensor:

@@ -1,9 +1,10 @@
 """Neuron importance: how much the loss on some text depends on each neuron of a dense model.
 
-A hook reads, at every token, a neuron's value v and the gradient of the loss with respect to it. The
-score of a token is the gradient (`feature_grad`) or v times it (`feature_change`, the first-order
-change of the loss when the neuron is removed; LLaMA-MoE, arXiv 2406.16554, equation 8). The kernel
-(plain x, l1 |x|, l2 x*x) is applied to every token's score (`sample`) or to their sum (`total`).
+A hook reads, at every token, a neuron's value v and the gradient of the loss with respect to it.
+The score of a token is the gradient (`feature_grad`) or v times it (`feature_change`, the
+first-order change of the loss when the neuron is removed; LLaMA-MoE, arXiv 2406.16554, equation 8).
+The kernel (plain x, l1 |x|, l2 x*x) is applied to every token's score (`sample`) or to their sum
+(`total`).
 
 Notation: B rows, C tokens a row, L layers, F neurons, V vocabulary, K clusters of text.
 """
@@ -108,8 +109,8 @@ def cluster_scores(
 ) -> NDArray[np.float32]:
     """Score every neuron once per cluster of text, with a method's settings: [L, count, F].
 
-    Clusters are groups of similar rows of equal number (`similar_rows`), or the domains of the data.
-    Raises UserError when there is less text than asked for by the number of clusters.
+    Clusters are groups of similar rows of equal number (`similar_rows`), or the first domains
+    of the data. Raises UserError when there is less text than asked for by the number of clusters.
     """
     from moesaic.models.load import load
 

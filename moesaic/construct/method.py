@@ -96,7 +96,8 @@ class SplitInputs:
         if self.experts < 1 or not 0 <= self.shared < self.experts:
             raise UserError(
                 f"experts={self.experts} with shared={self.shared} was given. experts counts "
-                "all experts, shared ones included; give at least 1 expert and fewer shared than experts."
+                "all experts, shared ones included; give at least 1 expert and "
+                "fewer shared than experts."
             )
         if self.width % self.experts:
             near = [

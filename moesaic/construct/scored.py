@@ -7,7 +7,7 @@ R shared experts. `order_CF` holds every vector's neurons from best to worst.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,7 @@ Criterion = Literal["max", "min"]
 class ScoredMethod(SplitMethod):
     """A split by importance scores: one score vector per cluster of text."""
 
-    needs_data = True
+    needs_data: ClassVar[bool] = True
 
     criterion: Criterion = "max"
     """Whether an expert takes the neurons of highest or of lowest score."""
@@ -92,8 +92,9 @@ def best_neurons(order_CF: Ids, size: int, without: Ids) -> list[Ids]:
 def assign_once(scores_CF: Scores, criterion: Criterion, size: int, without: Ids) -> list[Ids]:
     """Deal neurons to experts, each neuron once, best score first, until every expert has `size`.
 
-    Of all pairs of an expert with room and a free neuron, the one with the best score is next; among
-    equal scores the highest expert, then the neuron it ranks first. Neurons come in the order dealt.
+    Of all pairs of an expert with room and a free neuron, the one with the best score is next;
+    among equal scores the highest expert, then the neuron it ranks first. Neurons come in the order
+    dealt.
     """
     experts, width = scores_CF.shape
     order_CF = rank_neurons(scores_CF, criterion)
@@ -118,7 +119,7 @@ def assign_once(scores_CF: Scores, criterion: Criterion, size: int, without: Ids
 
 
 def take_common(order_CF: Ids, size: int, total: int) -> Ids:
-    """The `total` neurons that most vectors rank among their first `size`: shared neurons, in order.
+    """The `total` neurons that most vectors rank among their first `size`, in order.
 
     Neurons that the most vectors agree on come first, in ascending order; they leave every ranking,
     the next ones move up, and agreement is counted again.

@@ -59,7 +59,8 @@ class NeuronSplit:
         if len(self.shared) != len(self.experts):
             raise UserError(
                 f"The split has {len(self.experts)} layers of experts but {len(self.shared)} of "
-                "shared experts. Give one list per layer in both; an empty list means no shared expert."
+                "shared experts. Give one list per layer in both; "
+                "an empty list means no shared expert."
             )
         for name, groups in (("experts", self.experts), ("shared experts", self.shared)):
             counts = {len(layer) for layer in groups}
@@ -121,7 +122,7 @@ class NeuronSplit:
         if not bool((self.copies(layer) == 1).all()):
             raise UserError(
                 f"Layer {layer} of this split repeats or drops neurons, so a neuron has no "
-                "single expert id. Use `experts` and `shared`, which list the neurons of each expert."
+                "single expert id. Use `experts` and `shared`, which list the neurons of each."
             )
         labels = np.empty(self.width, np.int64)
         for number, ids in enumerate(self.experts[layer] + self.shared[layer]):

@@ -1,4 +1,4 @@
-"""The sharing-inter split: neurons that all texts need become shared experts, the rest is routed."""
+"""The sharing-inter split: neurons that all texts need are shared experts, the rest is routed."""
 
 from collections.abc import Iterator
 from typing import ClassVar
