@@ -16,3 +16,24 @@ def register() -> None:
     from moesaic.kernels.select import experts_forward
 
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+
+
+def implementations() -> dict[str, str]:
+    """Map every experts implementation that transformers knows to a line on what it is."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    register()
+    known = {
+        NAME: "ours: one function on grouped matmul that keeps little, or a loop where torch refuses",
+        "eager": "transformers: the model class's own loop over experts",
+        "grouped_mm": "transformers: grouped matmul, the default of transformers",
+        "batched_mm": "transformers: gathers the weights of every routed row, for a few tokens",
+        "deepgemm": "transformers: DeepGEMM from the hub, inference only",
+        "sonicmoe": "transformers: SonicMoE from the hub, Hopper GPUs",
+    }
+    names = {"eager", *ALL_EXPERTS_FUNCTIONS.keys()}
+    return {name: known.get(name, "registered elsewhere") for name in sorted(names, key=_order)}
+
+
+def _order(name: str) -> tuple[bool, str]:
+    return name != NAME, name

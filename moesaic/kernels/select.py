@@ -63,14 +63,16 @@ def why_unusual(module: torch.nn.Module) -> str | None:
     gate = getattr(type(module), "_apply_gate", None)
     if gate is not None and getattr(gate, "__name__", "") != _PLAIN_GATE:
         return "it has a gating of its own"
-    if activation_of(module) is None:
-        return f"its activation is {type(getattr(module, 'act_fn', None)).__name__}"
     for name in ("gate_up_proj", "down_proj"):
         weight: Any = getattr(module, name, None)
+        if weight is None:
+            return f"it has no {name}"
         if type(weight) not in (torch.Tensor, torch.nn.Parameter):
             return f"its {name} is a {type(weight).__name__}"
         if not weight.is_floating_point():
             return f"its {name} is {str(weight.dtype).removeprefix('torch.')}"
+    if activation_of(module) is None:
+        return f"its activation is {type(getattr(module, 'act_fn', None)).__name__}"
     return None
 
 

@@ -147,10 +147,14 @@ def anatomy_of(source: Source) -> Anatomy:
     Raises UserError for a family that this version does not load right and for a config.json that
     describes no model.
     """
-    return anatomy(_build(source))
+    return anatomy(build(source))
 
 
-def _build(source: Source) -> PreTrainedModel:
+def build(source: Source) -> PreTrainedModel:
+    """Build the model that a config.json describes on the meta device.
+
+    Raises UserError as `anatomy_of` does.
+    """
     reason = refusal(source.config)
     if reason is not None:
         raise UserError(f"{source.name} is not supported: {reason}.")
@@ -171,9 +175,9 @@ def on_meta(config: PreTrainedConfig, cls: type[PreTrainedModel] | None = None) 
     """Build a model on the meta device: its modules and shapes, no memory."""
     if cls is None:
         cls = model_class({"model_type": config.model_type, "architectures": config.architectures})
-    build: Any = cls._from_config
+    make: Any = cls._from_config
     with torch.device("meta"):
-        model: PreTrainedModel = build(config, attn_implementation="eager")
+        model: PreTrainedModel = make(config, attn_implementation="eager")
     return model
 
 

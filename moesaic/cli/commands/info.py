@@ -1,0 +1,105 @@
+"""`moesaic info`: what a model is, from its files alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moesaic.cli.output import JsonOption, emit
+
+if TYPE_CHECKING:
+    from moesaic.models.describe import Description
+
+PANEL = "Help"
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="A model directory, hub id or alias.")],
+    json: JsonOption = False,
+) -> None:
+    """Show what a model is: family, experts, total and active parameters, dtype, size, lineage.
+
+    Nothing is loaded: config.json is enough, weight files are looked at where they are there. A
+    hub id or alias works once its config.json was downloaded. --json holds the whole config and
+    every routed layer.
+
+    Example: `moesaic info runs/moe`
+    """
+    from moesaic.models.describe import describe
+
+    found = describe(model)
+    emit(found.to_dict(), json=json, render=lambda: _render(found))
+
+
+def _render(found: Description) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    alias = f" (alias {found.alias})" if found.alias else ""
+    table.add_row("model", f"{found.path}{alias}")
+    table.add_row("class", f"{found.architecture or '?'} (model_type {found.model_type or 'none'})")
+    if found.refused:
+        table.add_row("not loaded", found.refused)
+    if found.caveat:
+        table.add_row("note", found.caveat)
+    for name, value in _anatomy_rows(found):
+        table.add_row(name, value)
+    table.add_row("dtype", found.dtype or "not stated")
+    if found.weights is None:
+        table.add_row("weights", "none here, config.json only")
+    else:
+        files = f"{found.weights.files} file{'s' if found.weights.files > 1 else ''}"
+        table.add_row("weights", f"{_size(found.weights.bytes)} in {files}")
+        if found.anatomy is None:
+            table.add_row("parameters", f"{found.weights.parameters:,}")
+        elif found.weights.parameters != found.anatomy.params_total:
+            table.add_row("warning", f"the files hold {found.weights.parameters:,} parameters")
+    for name, value in _lineage_rows(found):
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def _anatomy_rows(found: Description) -> list[tuple[str, str]]:
+    anatomy = found.anatomy
+    if anatomy is None:
+        return []
+    total, active = anatomy.params_total, anatomy.params_active
+    rows = [("layers", f"{anatomy.num_layers}")]
+    groups: dict[tuple[str, int, int, int], list[int]] = {}
+    for layer in anatomy.layers:
+        key = (layer.kind, layer.num_experts, layer.top_k, layer.num_shared)
+        groups.setdefault(key, []).append(layer.index)
+    for (kind, experts, top_k, shared), indices in groups.items():
+        always = f" + {shared} shared" if shared else ""
+        where = f"layers {min(indices)} to {max(indices)}" if len(indices) > 1 else "one layer"
+        rows.append(
+            (f"{kind} experts", f"{top_k} of {experts}{always} in {len(indices)} ({where})")
+        )
+    if not anatomy.layers:
+        rows.append(("experts", "none, a dense model"))
+    rows.append(("parameters", f"{total:,}"))
+    if anatomy.layers:
+        rows.append(("active a token", f"{active:,} ({active / total:.1%})"))
+    return rows
+
+
+def _lineage_rows(found: Description) -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    lineage = found.lineage
+    while isinstance(lineage, dict):
+        parent = f" from {lineage['parent']}" if lineage.get("parent") else ""
+        rows.append(("" if rows else "made by", f"{lineage.get('step', '?')}{parent}"))
+        lineage = lineage.get("parent_lineage")
+    return rows
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
