@@ -141,8 +141,9 @@ def _load(path: Path, overrides: dict[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def _no_bars() -> Iterator[None]:
-    from transformers.utils import logging
+    import transformers
 
+    logging: Any = transformers.utils.logging
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
