@@ -116,6 +116,14 @@ class Gate(nn.Module):
         return f"experts={self.num_experts}, selects={self.num_selects}, softmax={self.use_softmax}"
 
 
+class NoiseWeight(nn.Linear):
+    """D -> E without bias, zero in a new model: noise starts as wide for every token."""
+
+    def __init__(self, hidden_size: int, num_experts: int, **kwargs: Any) -> None:
+        super().__init__(hidden_size, num_experts, bias=False, **kwargs)
+        nn.init.zeros_(self.weight)
+
+
 class TopKBalancedNoisyGate(Gate):
     """Keep the k largest logits; softmax over those k; balance load and importance (the released
     models' gate).
@@ -138,14 +146,12 @@ class TopKBalancedNoisyGate(Gate):
         self.add_noise = True
         if not hasattr(self, "weight_noise"):
             reference = next(self.parameters())
-            self.weight_noise = nn.Linear(
+            self.weight_noise = NoiseWeight(
                 self.hidden_size,
                 self.num_experts,
-                bias=False,
                 device=reference.device,
                 dtype=reference.dtype,
             )
-            nn.init.zeros_(self.weight_noise.weight)
 
     def forward(
         self, x_TD: torch.Tensor, valid_T: torch.Tensor | None = None, statistics: bool = True

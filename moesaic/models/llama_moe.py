@@ -43,7 +43,7 @@ from moesaic.models.calculators import (
     WeightNorm,
 )
 from moesaic.models.expert_weights import layer_of
-from moesaic.models.gates import GATES, Gate, GateOutput, TopKBalancedNoisyGate
+from moesaic.models.gates import GATES, Gate, GateOutput, NoiseWeight, TopKBalancedNoisyGate
 from moesaic.models.randomness import Randomness
 
 DEFAULT_EXPERTS = "moesaic"
@@ -492,15 +492,14 @@ class LlamaMoEPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.gate_up_proj_bias)
                 init.zeros_(module.down_proj_bias)
             module.zero_padding()
-            return
-        super()._init_weights(module)
-        if isinstance(module, TopKBalancedNoisyGate) and hasattr(module, "weight_noise"):
-            # children come first, so this undoes the normal draw of a plain Linear
-            init.zeros_(module.weight_noise.weight)
+        elif isinstance(module, NoiseWeight):
+            init.zeros_(module.weight)
         elif isinstance(module, WeightNorm):
             init.constant_(module.weight, module.scale)
         elif isinstance(module, UniversalCalculator) and module.bias_down is not None:
             init.zeros_(module.bias_down)
+        else:
+            super()._init_weights(module)
 
     # The original's setters follow. They change every layer at once, and the config with them.
 
@@ -639,7 +638,7 @@ class LlamaMoEPreTrainedModel(PreTrainedModel):
         setattr(self.config, name, value)
 
     def _redraw(self, module: nn.Module) -> None:
-        for part in (*list(module.modules())[1:], module):  # children first, as transformers does
+        for part in module.modules():
             for parameter in part.parameters(recurse=False):
                 parameter._is_hf_initialized = False  # type: ignore[attr-defined]
             self._init_weights(part)

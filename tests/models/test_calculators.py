@@ -1,4 +1,4 @@
-"""Calculators and experts: the original's golden numbers, unequal widths, every experts implementation."""
+"""Calculators and experts: golden numbers, unequal widths, every experts implementation."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_capacity_keeps_a_random_subset_of_each_expert_and_counts_all_drops(gold
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_padding_of_narrow_experts_is_exact_in_value_and_gradient(golden, implementation):
-    """Against the experts one by one at their true widths; the padding's gradient is exactly zero."""
+    """Against the experts one by one at their true widths; padding has gradient exactly zero."""
     experts = experts_of(golden, implementation)
     x = golden["x"].clone().requires_grad_()
     weights = golden["scores"].clone().requires_grad_()

@@ -33,9 +33,7 @@ def gate_of(kind: type[Gate], golden: dict[str, torch.Tensor], k: int, network: 
     gate = kind(32, 4, k, network=network, **settings)
     weights = {"mlp": ("0.weight", "2.weight"), "linear": ("weight",)}[network]
     values = {"mlp": ("mlp_w0", "mlp_w2"), "linear": ("linear_w",)}[network]
-    state = {
-        f"gate_network.{w}": golden[v] for w, v in zip(weights, values, strict=True)
-    }
+    state = {f"gate_network.{w}": golden[v] for w, v in zip(weights, values, strict=True)}
     if hasattr(gate, "weight_noise"):
         state["weight_noise.weight"] = golden["noise_w"]
     gate.load_state_dict(state)
@@ -111,9 +109,7 @@ def test_switch_gate_equals_the_original(golden, network, softmax, noise, traini
     assert torch.equal(out.ids[:, 0], golden[f"{name}.topK_indices"])
     torch.testing.assert_close(out.weights[:, 0], golden[f"{name}.topK_scores"], **CLOSE)
     torch.testing.assert_close(out.load, golden[f"{name}.load"], **CLOSE)
-    torch.testing.assert_close(
-        (out.load * 20).round().long(), golden[f"{name}.expert_batch_size"]
-    )
+    torch.testing.assert_close((out.load * 20).round().long(), golden[f"{name}.expert_batch_size"])
     torch.testing.assert_close(out.importance, golden[f"{name}.importance"], **CLOSE)
     torch.testing.assert_close(out.balance_loss, golden[f"{name}.balance_loss"], **CLOSE)
 
@@ -167,7 +163,7 @@ def test_random_plain_weights_sum_to_one():
 
 
 def test_noisy_load_is_the_chance_of_being_chosen_again(golden):
-    """Shazeer et al., eq. 9: redraw one expert's noise, keep the others', count how often it is chosen."""
+    """Shazeer et al., eq. 9: redraw one expert's noise, count how often it is chosen."""
     gate = gate_of(TopKBalancedNoisyGate, golden, 2, "mlp").train()
     x = golden["x"]
     out = gate(x)
