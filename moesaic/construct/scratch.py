@@ -1,8 +1,9 @@
 """A new model with random weights, from a YAML file: any causal model of transformers, or ours.
 
-The file names a ``model_type`` and, under ``config``, that type's own fields. The config is built through
-its constructor (a field set afterwards may be ignored: ``rope_theta`` is) and then compared with what was
-asked for; a field that the type does not have, or that came out different, is an error.
+The file names a ``model_type`` and, under ``config``, that type's own fields. The config is built
+through its constructor (a field set afterwards may be ignored: ``rope_theta`` is) and then compared
+with what was asked for; a field that the type does not have, or that came out different, is an
+error.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
 
 from moesaic.core.config import Config, load
 from moesaic.core.errors import UserError, nearest
@@ -45,7 +48,7 @@ class InitConfig(Config):
 
     model_type: str
     """The transformers model type: llama, mixtral, deepseek_v3, llama_moe, ..."""
-    config: dict[str, Any] = {}
+    config: dict[str, Any] = Field(default_factory=dict)
     """Fields of that type's config class; those left out keep the class's defaults."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the weights written."""
@@ -80,9 +83,10 @@ def init(
 ) -> Path:
     """Write a new model with random weights to the directory `out` and return its path.
 
-    `seed` and `tokenizer` win over the file's. The same seed gives the same weights. Raises UserError
-    for an unknown preset, model type or field, a field whose value the class does not keep, a tokenizer
-    with more tokens than the model's vocabulary, or an output directory that is not empty.
+    `seed` and `tokenizer` win over the file's. The same seed gives the same weights. Raises
+    UserError for an unknown preset, model type or field, a field whose value the class does not
+    keep, a tokenizer with more tokens than the model's vocabulary, or an output directory that is
+    not empty.
     """
     return build(preset, out=out, seed=seed, tokenizer=tokenizer, overrides=overrides).path
 

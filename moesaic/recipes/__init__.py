@@ -1,4 +1,4 @@
-"""Shipped YAML: training recipes here, presets of new models in ``init/``. Each one is a test case."""
+"""Shipped YAML, each file a test case: training recipes here, new models in ``init/``."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Training: continual pre-training and training from scratch, one process for now.
 
-`moesaic.train` is this package and, because the package root offers it as a function, also callable:
-``moesaic.train("recipe.yaml", model=..., out=...)`` is `moesaic.train.loop.train`.
+`moesaic.train` is this package and, because the package root offers it as a function, also
+callable: ``moesaic.train("recipe.yaml", model=..., out=...)`` is `moesaic.train.loop.train`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Batches drawn ahead of the model by a thread, each with the data cursor that follows it.
 
-The cursor travels with the batch because the thread runs ahead: what a saved state must remember is where
-the *model* is, not where the thread is. One prefetch covers a stretch of updates in which the domain
-weights do not change; the next stretch starts from the cursor of the last batch used.
+The cursor travels with the batch because the thread runs ahead: what a saved state must remember is
+where the *model* is, not where the thread is. One prefetch covers a stretch of updates in which the
+domain weights do not change; the next stretch starts from the cursor of the last batch used.
 
     ids_ABT   token ids of one update: A forward passes of B sequences of T tokens
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -48,7 +48,9 @@ def draw(stream: Stream, *, accumulation: int, size: int, length: int, pin: bool
     for row in ids:
         domain, block = stream.next_block()
         if len(block) != length:
-            raise MoesaicError(f"the data stream gave a block of {len(block)} tokens, not {length}.")
+            raise MoesaicError(
+                f"the data stream gave a block of {len(block)} tokens, not {length}."
+            )
         row[:] = block
         domains[domain] += 1
     ids_ABT = torch.from_numpy(ids).view(accumulation, size, length)
@@ -64,7 +66,7 @@ def prefetch(
     length: int,
     pin: bool,
     depth: int = 4,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """Yield the batches of `updates` updates, drawn by a thread that stays at most `depth` ahead.
 
     An error in the thread is raised here. The thread ends with the iterator.

@@ -21,13 +21,13 @@ class DynamicConfig(Config):
     """Change the domain weights after each evaluation, from losses against a reference model."""
 
     rule: Literal["sheared_llama", "sheared_llama_paper"] = "sheared_llama"
-    """`sheared_llama`: smoothed, excess of either sign counts; `..._paper`: only positive excess."""
+    """`sheared_llama`: smoothed, excess of either sign; `sheared_llama_paper`: only positive."""
     reference: str | dict[str, float]
-    """Held-out loss of the reference model per domain (nats a token): a mapping, a JSON file with one,
-    or `llama2-7b` (LLaMA-MoE's table; it fits LLaMA-2's tokenizer only)."""
-    rate: float | None = Field(None, gt=0)
+    """Held-out loss of the reference model per domain (nats a token): a mapping, a JSON file with
+    one, or `llama2-7b` (LLaMA-MoE's table; it fits LLaMA-2's tokenizer only)."""
+    rate: float | None = Field(default=None, gt=0)
     """Step size of the rule `sheared_llama`; None: 1."""
-    smoothing: float | None = Field(None, ge=0, lt=1)
+    smoothing: float | None = Field(default=None, ge=0, lt=1)
     """Share that `sheared_llama` spreads evenly, so that no domain vanishes; None: 1e-4."""
 
     @model_validator(mode="after")
@@ -55,10 +55,10 @@ class DataConfig(Config):
     """Share of the blocks drawn from each domain; `size`: in proportion to the domain's tokens."""
     dynamic: DynamicConfig | None = None
     """Adapt the weights after each evaluation; None: they stay."""
-    block_size: int = Field(512, ge=2)
+    block_size: int = Field(default=512, ge=2)
     """Tokens in a sequence."""
-    max_epochs: float | None = Field(None, gt=0)
-    """Stop with an error once a domain has been read this often; None: shuffle it anew, without end."""
+    max_epochs: float | None = Field(default=None, gt=0)
+    """Stop with an error once a domain has been read this often; None: shuffle it anew forever."""
     cache: Path | None = None
     """Folder for tokenised text; None: $MOESAIC_CACHE, else the user's cache folder."""
 
@@ -66,10 +66,10 @@ class DataConfig(Config):
 class BatchConfig(Config):
     """How many sequences make one optimizer update."""
 
-    sequences: int = Field(32, ge=1)
+    sequences: int = Field(default=32, ge=1)
     """Sequences in an update."""
-    micro: int | None = Field(None, ge=1)
-    """Sequences in one forward pass (divides `sequences`); None: all of them. The result is the same."""
+    micro: int | None = Field(default=None, ge=1)
+    """Sequences in one forward pass, a divisor of `sequences`; None: all. Changes no result."""
 
     @model_validator(mode="after")
     def _divides(self) -> BatchConfig:
@@ -94,57 +94,57 @@ class BatchConfig(Config):
 class OptimizerConfig(Config):
     """AdamW; weight decay leaves out biases and norm weights."""
 
-    lr: float = Field(3e-4, gt=0)
+    lr: float = Field(default=3e-4, gt=0)
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay of the two moments."""
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(default=1e-8, gt=0)
     """Added to the root of the second moment."""
-    weight_decay: float = Field(0.1, ge=0)
+    weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled weight decay, per unit of learning rate."""
-    clip: float | None = Field(1.0, gt=0)
+    clip: float | None = Field(default=1.0, gt=0)
     """Largest norm of the whole gradient; None: no clipping."""
-    router_lr: float = Field(1.0, gt=0)
+    router_lr: float = Field(default=1.0, gt=0)
     """Factor on the learning rate of the routers' weights."""
 
 
 class ScheduleConfig(Config):
     """Linear warm-up, then a cosine that is cut off at a floor."""
 
-    warmup: int = Field(100, ge=0)
+    warmup: int = Field(default=100, ge=0)
     """Updates of linear warm-up from 0."""
-    floor: float = Field(0.1, ge=0, le=1)
+    floor: float = Field(default=0.1, ge=0, le=1)
     """Lowest share of the peak rate after warm-up."""
 
 
 class BalanceConfig(Config):
-    """The loss that keeps expert load even. Averaged over an update's forward passes, never summed."""
+    """The loss that keeps expert load even: averaged over an update's passes, never summed."""
 
-    coefficient: float | None = Field(None, ge=0)
+    coefficient: float | None = Field(default=None, ge=0)
     """Weight of the balance loss; None: the model's own."""
 
 
 class LogConfig(Config):
     """What is reported while training."""
 
-    every: int = Field(10, ge=1)
+    every: int = Field(default=10, ge=1)
     """Updates between two lines of log.jsonl."""
     tensorboard: bool = False
     """Also write TensorBoard events into OUT/tensorboard (needs the extra `track`)."""
-    peak_tflops: float | None = Field(None, gt=0)
+    peak_tflops: float | None = Field(default=None, gt=0)
     """Peak TFLOP/s of the device for MFU; None: from a table of GPUs, n/a on a CPU."""
 
 
 class EvaluateConfig(Config):
     """Held-out loss per domain while training."""
 
-    every: int | None = Field(None, ge=1)
+    every: int | None = Field(default=None, ge=1)
     """Updates between evaluations; None: only before the first and after the last update."""
-    context: int | None = Field(None, ge=2)
+    context: int | None = Field(default=None, ge=2)
     """Tokens of a document that are scored; None: `data.block_size`."""
-    batch: int = Field(16, ge=1)
+    batch: int = Field(default=16, ge=1)
     """Documents in one forward pass."""
-    documents: int | None = Field(None, ge=1)
+    documents: int | None = Field(default=None, ge=1)
     """Score only the first so many documents of each domain; None: all."""
     at_start: bool = True
     """Evaluate before the first update."""
@@ -153,10 +153,10 @@ class EvaluateConfig(Config):
 class CheckpointConfig(Config):
     """States from which the same command goes on, bit for bit."""
 
-    every: int | None = Field(None, ge=1)
+    every: int | None = Field(default=None, ge=1)
     """Updates between two saved states; None: only the last."""
-    keep_last: int = Field(1, ge=0)
-    """Saved states kept; older ones are deleted. 0: also delete the last one once the model is written."""
+    keep_last: int = Field(default=1, ge=0)
+    """Saved states kept. 0: none, once the model is written."""
 
 
 class TrainConfig(Config):
@@ -168,9 +168,9 @@ class TrainConfig(Config):
     """Tokenizer directory; None: the model's own."""
     data: DataConfig
     """What to train on."""
-    tokens: int | None = Field(None, ge=1)
+    tokens: int | None = Field(default=None, ge=1)
     """Length of the run in tokens, rounded down to whole updates. Give this or `steps`."""
-    steps: int | None = Field(None, ge=1)
+    steps: int | None = Field(default=None, ge=1)
     """Length of the run in updates. Give this or `tokens`."""
     batch: BatchConfig = BatchConfig()
     """How many sequences make one update."""
@@ -182,8 +182,8 @@ class TrainConfig(Config):
     """The balance loss."""
     precision: Literal["auto", "fp32", "mixed", "bf16"] = "auto"
     """fp32; `mixed`: fp32 weights, bf16 autocast; `bf16`: bf16 weights, fp32 master copies in the
-    optimizer. `auto`: `mixed` on a GPU (on small models the casts cost less than a second copy of the
-    weights), fp32 on a CPU."""
+    optimizer. `auto`: `mixed` on a GPU (on small models the casts cost less than a second copy of
+    the weights), fp32 on a CPU."""
     device: str = "auto"
     """`auto`: the first GPU if there is one, else the CPU."""
     compile: bool = False
@@ -194,7 +194,7 @@ class TrainConfig(Config):
     """Attention implementation."""
     experts: str | None = None
     """Experts implementation (`moesaic`, `grouped_mm`, `eager`); None: the model's default."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Seed of the data order, of routing noise and of dropout."""
     log: LogConfig = LogConfig()
     """What is reported."""
@@ -231,7 +231,7 @@ class TrainConfig(Config):
         return self.steps or (self.tokens or 0) // self.tokens_per_step
 
     def trajectory(self) -> Mapping[str, Any]:
-        """Return the part of the config that decides the losses: a resumed run must not change it."""
+        """Return what decides the losses: a resumed run must not change it."""
         return self.model_dump(
             mode="json",
             exclude={

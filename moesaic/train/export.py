@@ -1,4 +1,4 @@
-"""The result of a run: a Hugging Face directory with model, tokenizer and lineage, at the top of OUT."""
+"""The result of a run, at the top of OUT: a Hugging Face directory with tokenizer and lineage."""
 
 from __future__ import annotations
 
@@ -45,7 +45,13 @@ def is_written(path: Path, config: TrainConfig) -> bool:
 
 def remove_model(path: Path) -> None:
     """Delete a finished model's files, so that no old weights sit beside a new run's log."""
-    for pattern in (_CONFIG, LINEAGE, "generation_config.json", "model*.safetensors*", "tokenizer*"):
+    for pattern in (
+        _CONFIG,
+        LINEAGE,
+        "generation_config.json",
+        "model*.safetensors*",
+        "tokenizer*",
+    ):
         for file in path.glob(pattern):
             file.unlink()
 
@@ -71,7 +77,8 @@ def _write(run: Run, partial: Path) -> None:
         partial.mkdir()
         dtype = _dtype(run)
         # In place: the run is over and its fp32 state is saved, so no second copy is held.
-        run.model.to(dtype).save_pretrained(partial)
+        model: Any = run.model
+        model.to(dtype).save_pretrained(partial)
         if run.tokenizer is not None:
             run.tokenizer.save_pretrained(partial)
         write_lineage(
@@ -100,7 +107,8 @@ def _write(run: Run, partial: Path) -> None:
 
 def _dtype(run: Run) -> torch.dtype:
     name = run.config.save_dtype or run.source_dtype
-    return getattr(torch, name)
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def _resolved(config: TrainConfig) -> dict[str, Any]:

@@ -1,11 +1,11 @@
 """The training loop: one process, thin, and resumable bit for bit.
 
 Order of things at update s (1-based): train; every `log.every` write a line; every `evaluate.every`
-measure held-out loss per domain and, if asked, move the domain weights; every `checkpoint.every` save
-the state. A state therefore holds everything up to and including update s.
+measure held-out loss per domain and, if asked, move the domain weights; every `checkpoint.every`
+save the state. A state therefore holds everything up to and including update s.
 
-What a later multi-process step shards is kept in objects: the model, `Optimizer`, `Schedule`, the data
-stream with its cursor, and `Window`.
+What a later multi-process step shards is kept in objects: the model, `Optimizer`, `Schedule`, the
+data stream with its cursor, and `Window`.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def train(
         overrides: ``section.key=value`` assignments on top of a YAML file.
 
     Raises UserError for a wrong config or input, for an `out` that holds something else, and when a
-    resumed run would follow another course; MoesaicError when the loss is not finite or a save fails.
+    resumed run would follow another course; MoesaicError when the loss is not finite or a save
+    fails.
     """
     settings = read_config(config, model=model, overrides=overrides)
     with state.own_generators(settings.seed):
@@ -85,8 +86,8 @@ def read_config(
 def plan(config: TrainConfig) -> dict[str, Any]:
     """Check a config as far as is possible without loading weights; return what the run would do.
 
-    Returns the resolved config, updates, tokens, parameters, and tokens, weight and passes per domain.
-    Writes nothing but the token cache. Raises UserError for whatever `train` would refuse.
+    Returns the resolved config, updates, tokens, parameters, and tokens, weight and passes per
+    domain. Writes nothing but the token cache. Raises UserError for whatever `train` would refuse.
     """
     where = setup.device(config.device)
     model = setup.empty_model(config)
@@ -117,7 +118,7 @@ def plan(config: TrainConfig) -> dict[str, Any]:
 
 @dataclass
 class Run:
-    """A training run in progress: everything that a saved state restores, and what stays the same."""
+    """A training run in progress: what a saved state restores, and what stays the same."""
 
     path: Path
     config: TrainConfig
@@ -131,14 +132,17 @@ class Run:
 
     @classmethod
     def prepare(cls, config: TrainConfig, path: Path, *, resume: bool) -> Run:
-        """Check the output directory and build everything, from the newest state where there is one."""
+        """Check the output directory and build everything, from the newest state if any."""
         folder = _claim(path, config, resume=resume)
         run = cls(path, config, finished=False)
         if folder is not None:
             facts = state.read_facts(folder)
             _same_course(config, facts, folder)
             if facts["step"] >= config.total_steps and export.is_written(path, config):
-                note(f"{path} is finished already ({facts['step']} updates). --no-resume starts again.")
+                note(
+                    f"{path} is finished already ({facts['step']} updates). "
+                    "--no-resume starts again."
+                )
                 run.finished = True
                 return run
         run._build()
@@ -180,7 +184,7 @@ class Run:
         note(f"resumed from update {self.step} of {self.config.total_steps} ({folder})")
 
     def train(self) -> Path:
-        """Run the remaining updates, evaluate, save, write the final model; return its directory."""
+        """Run the remaining updates and write the final model; return its directory."""
         config = self.config
         write_text(self.path / CONFIG_NAME, to_yaml(config))
         log = Log(self.path, resume_at=self.step, tensorboard=config.log.tensorboard)
@@ -202,7 +206,7 @@ class Run:
         return self.path
 
     def _stretch(self, log: Log, bar: Any) -> None:
-        """Run updates up to the next evaluation: the data thread never draws past a change of weights."""
+        """Run up to the next evaluation: data is never drawn ahead past a change of weights."""
         config = self.config
         every = config.evaluate.every or config.total_steps
         end = min(config.total_steps, (self.step // every + 1) * every)
@@ -289,14 +293,16 @@ class Run:
         return shown
 
     def _evaluate(self, log: Log) -> None:
-        """Measure held-out loss per domain, write it, and move the weights if the run is dynamic."""
+        """Measure held-out loss per domain, and move the weights if the run is dynamic."""
         if self.data.valid is None:
             return
         with self.clock:
             with self._autocast() or nullcontext():
                 losses = setup.evaluate(self.config, self.model, self.tokenizer, self.data.valid)
             self.held_out = losses
-            log.write("evaluate", self.step, tokens=self.step * self.config.tokens_per_step, loss=losses)
+            log.write(
+                "evaluate", self.step, tokens=self.step * self.config.tokens_per_step, loss=losses
+            )
             dynamic = self.config.data.dynamic
             if dynamic is not None and self.step > 0:
                 reference = reference_losses(dynamic.reference, list(self.weights))
@@ -366,7 +372,9 @@ def _claim(path: Path, config: TrainConfig, *, resume: bool) -> Path | None:
 
 def _same_course(config: TrainConfig, facts: Mapping[str, Any], folder: Path) -> None:
     """Refuse to go on with settings that change the losses: the result would match no config."""
-    differing = _differences({"model": config.model, **config.trajectory()}, {"model": facts["model"], **facts["config"]})
+    differing = _differences(
+        {"model": config.model, **config.trajectory()}, {"model": facts["model"], **facts["config"]}
+    )
     if differing:
         key, now, then = differing[0]
         raise UserError(
@@ -375,9 +383,7 @@ def _same_course(config: TrainConfig, facts: Mapping[str, Any], folder: Path) ->
         )
 
 
-def _differences(
-    now: Any, then: Any, prefix: str = ""
-) -> list[tuple[str, Any, Any]]:
+def _differences(now: Any, then: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
     if isinstance(now, Mapping) and isinstance(then, Mapping):
         found = []
         for key in dict.fromkeys([*now, *then]):

@@ -36,8 +36,9 @@ def trainable(model: nn.Module) -> Named:
 class Optimizer:
     """AdamW over a model's parameters.
 
-    Where the weights are bf16 or fp16 the update works on fp32 master copies, since a change smaller than
-    1/256 of a bf16 weight would be lost; the copies are then the truth and are saved with the state.
+    Where the weights are bf16 or fp16 the update works on fp32 master copies, since a change
+    smaller than 1/256 of a bf16 weight would be lost; the copies are then the truth and are saved
+    with the state.
     """
 
     def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
@@ -73,7 +74,7 @@ class Optimizer:
         )
 
     def step(self) -> torch.Tensor:
-        """Clip, update, clear the gradients; return the gradient's norm before clipping (no sync)."""
+        """Clip, update, clear the gradients; return the norm before clipping, on the device."""
         if self.has_masters:
             self._move_gradients()
         parameters = [p for _, p in self.parameters]
@@ -98,7 +99,7 @@ class Optimizer:
         return found
 
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Restore what `tensors` returned. Raises KeyError for a parameter without its master copy."""
+        """Restore what `tensors` returned."""
         by_parameter: dict[str, dict[str, torch.Tensor]] = {}
         for key, value in tensors.items():
             name, _, kind = key.rpartition("::")
@@ -110,9 +111,7 @@ class Optimizer:
                     p.copy_(values.pop("master"))
             if values:
                 # The fused update wants its step count on the parameters' device.
-                self.inner.state[p] = {
-                    kind: value.to(p.device) for kind, value in values.items()
-                }
+                self.inner.state[p] = {kind: value.to(p.device) for kind, value in values.items()}
 
     def _move_gradients(self) -> None:
         for (_, master), (_, p) in zip(self.parameters, self.model_parameters, strict=True):

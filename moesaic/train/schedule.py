@@ -1,8 +1,8 @@
 """Learning rate: linear warm-up, then a cosine that stops falling at a floor.
 
-The rule is LLaMA-MoE's (spec/llama-moe-v1.md, section 4): the floor cuts the cosine off, it does not
-rescale it. One difference: past the last step the original's cosine rises again; here it stays at the
-floor.
+The rule is LLaMA-MoE's (spec/llama-moe-v1.md, section 4): the floor cuts the cosine off, it does
+not rescale it. One difference: past the last step the original's cosine rises again; here it stays
+at the floor.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Schedule:
         self.total = total
 
     def rate(self, step: int) -> float:
-        """Return the learning rate of update `step` (from 0, so a warm-up's first update has rate 0)."""
+        """Return the rate of update `step`, from 0: a warm-up's first update has rate 0."""
         return self.peak * multiplier(
             step, warmup=self.config.warmup, total=self.total, floor=self.config.floor
         )

@@ -12,6 +12,10 @@ from moesaic.core.errors import UserError
 from moesaic.data import MixtureStream, Source, open_domains, open_mixture
 from moesaic.data.dynamic import reference_losses
 from moesaic.measure import held_out_loss
+from moesaic.models.anatomy import anatomy, build
+from moesaic.models.catalog import find
+from moesaic.models.checkpoint import Checkpoint
+from moesaic.models.load import load
 from moesaic.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -61,70 +65,68 @@ def precision(name: Literal["auto", "fp32", "mixed", "bf16"], where: torch.devic
 
 
 def load_model(config: TrainConfig, where: torch.device, how: Precision) -> PreTrainedModel:
-    """Load the model in the type it trains in. Raises UserError for a directory that is no model."""
-    from moesaic.models.load import load
-
+    """Load the model in the type it trains in. Raises UserError where there is none."""
     options: dict[str, Any] = {"attn_implementation": config.attention}
     if config.experts is not None:
         options["experts_implementation"] = config.experts
-    model = load(
-        config.model, dtype=torch.bfloat16 if how == "bf16" else torch.float32, **options
-    )
+    dtype = torch.bfloat16 if how == "bf16" else torch.float32
+    model: Any = load(_given(config), dtype=dtype, **options)
     _check_length(config, model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model.to(where)
+    return model.to(where)  # type: ignore[no-any-return]  # transformers leaves `to` untyped
 
 
 def empty_model(config: TrainConfig) -> PreTrainedModel:
     """Build the model without weights, to check a config against it."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    import moesaic.models  # noqa: F401 - registers our model types
-    from moesaic.models.checkpoint import Checkpoint
-
-    Checkpoint(config.model)  # its errors name the missing or damaged file
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.model))
+    source = find(_given(config))
+    if source.directory is not None:
+        Checkpoint(source.directory)  # its errors name the missing or damaged file
+    model = build(source)
     _check_length(config, model)
     return model
+
+
+def source_dtype(config: TrainConfig) -> str:
+    """Return the type of the weights on disk, which the result keeps unless told otherwise."""
+    source = find(_given(config))
+    if source.directory is None:
+        return str(source.config.get("dtype") or source.config.get("torch_dtype") or "float32")
+    checkpoint = Checkpoint(source.directory)
+    types = Counter(str(checkpoint.dtype(name)) for name in list(checkpoint.keys()))
+    return types.most_common(1)[0][0].removeprefix("torch.")
+
+
+def load_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
+    """Load `config.tokenizer`, else the model's own. Raises UserError where there is none."""
+    from transformers import AutoTokenizer
+
+    folder = config.tokenizer or find(_given(config)).location
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError):
+        raise UserError(
+            f"{folder} holds no tokenizer. Give tokenizer: DIR in the config, or "
+            "copy tokenizer.json there."
+        ) from None
+
+
+def _given(config: TrainConfig) -> str:
+    assert config.model is not None, "read_config makes sure of it"
+    return config.model
 
 
 def _check_length(config: TrainConfig, model: PreTrainedModel) -> None:
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and config.data.block_size > limit:
         raise UserError(
-            f"data.block_size={config.data.block_size} but the model reads at most {limit} positions. "
-            "Lower data.block_size."
+            f"data.block_size={config.data.block_size} but the model reads at most {limit} "
+            "positions. Lower data.block_size."
         )
-
-
-def source_dtype(config: TrainConfig) -> str:
-    """Return the type of the weights on disk, which the result keeps unless told otherwise."""
-    from moesaic.models.checkpoint import Checkpoint
-
-    checkpoint = Checkpoint(config.model)
-    names = Counter(str(checkpoint.dtype(key)) for key in checkpoint.keys())
-    return names.most_common(1)[0][0].removeprefix("torch.")
-
-
-def load_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of `config.tokenizer`, else of the model. Raises UserError where there is none."""
-    from transformers import AutoTokenizer
-
-    folder = config.tokenizer or config.model
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError):
-        raise UserError(
-            f"{folder} holds no tokenizer. Give tokenizer: DIR in the config, or copy tokenizer.json there."
-        ) from None
 
 
 def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
     """Return total and active parameters."""
-    from moesaic.models.anatomy import anatomy
-
     found = anatomy(model)
     return found.params_total, found.params_active
 
@@ -163,7 +165,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     valid: dict[str, Source],
 ) -> dict[str, float]:
-    """Return held-out loss per domain and its mean, nats a token (moesaic.measure.held_out_loss)."""
+    """Return held-out loss per domain and its mean, nats a token."""
     return held_out_loss(
         model,
         tokenizer,

@@ -5,9 +5,10 @@ A state is the folder ``OUT/checkpoints/step-00000100``:
     model.safetensors       parameters and buffers under their own names, in the type they train in
     optimizer.safetensors   ``<parameter>::exp_avg`` and so on, with the fp32 master copies if any
     rng.safetensors         torch's generators, CPU and CUDA
-    state.json              step, data cursor, domain weights, python's and numpy's generators, config
+    state.json              step, data cursor, python's and numpy's generators, open log line
 
-It appears by a rename, so it is whole or absent; a killed save leaves the state before it untouched.
+It appears by a rename, so it is whole or absent; a killed save leaves the state before it
+untouched.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def restore_state(
 
 @contextlib.contextmanager
 def own_generators(seed: int) -> Iterator[None]:
-    """Seed torch's, numpy's and python's generators inside the block; give the caller's back after."""
+    """Seed torch, numpy and python inside the block; give the caller's generators back."""
     host, generators = _python_rng(), _torch_rng()
     try:
         random.seed(seed)
@@ -121,7 +122,9 @@ def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def _save(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     # A copy of each tensor: two that share memory cannot be written, and fused updates keep views.
-    save_file({name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}, path)
+    save_file(
+        {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}, path
+    )
 
 
 def _load(path: Path) -> dict[str, torch.Tensor]:
@@ -162,6 +165,6 @@ def _restore_rng(host: Mapping[str, Any], generators: Mapping[str, torch.Tensor]
     torch.set_rng_state(generators["cpu"])
     for name, state in generators.items():
         device = torch.device(name)
-        if device.type == "cuda" and torch.cuda.is_available():
-            if (device.index or 0) < torch.cuda.device_count():
-                torch.cuda.set_rng_state(state, device)
+        # device_count is 0 without CUDA; a state may come from a machine with more GPUs.
+        if device.type == "cuda" and (device.index or 0) < torch.cuda.device_count():
+            torch.cuda.set_rng_state(state, device)

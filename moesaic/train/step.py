@@ -3,9 +3,10 @@
     ids_ABT   token ids: A forward passes of B sequences of T tokens
     counts_LE load or importance per layer L and expert E
 
-The update's loss is  sum(cross-entropy) / tokens  +  mean over passes of the balance loss.  Cross-entropy
-is weighted by tokens over the whole update, and the balance loss is averaged, so neither depends on how
-the sequences are divided into passes (beyond what the balance statistic itself sees).
+The update's loss is  sum(cross-entropy) / tokens  +  mean over passes of the balance loss.
+Cross-entropy is weighted by tokens over the whole update, and the balance loss is averaged, so
+neither depends on how the sequences are divided into passes (beyond what the balance statistic
+itself sees).
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def set_balance_coefficient(model: nn.Module, coefficient: float | None) -> floa
 
 
 def build_pass(model: nn.Module) -> Callable[[torch.Tensor], PassOutput]:
-    """Return the function from ids_BT to the outputs of one forward pass; torch.compile may take it."""
+    """Return the function from ids_BT to one pass's outputs; torch.compile may take it."""
     kind = balance_kind(model)
     config: Any = model.config
     coefficient = float(config.router_aux_loss_coef) if kind == "native" else 1.0
@@ -127,7 +128,7 @@ def accumulate(
         loss = found.cross_entropy / predicted
         _add(values, "loss", loss)
         if found.balance is not None:
-            # Sentinels below zero mean "off" in LLaMA-MoE; they are reported as 0 and not trained on.
+            # Below zero means "off" in LLaMA-MoE: reported as 0, not trained on.
             share = found.balance.float() / passes
             _add(values, "balance_loss", share.clamp_min(0.0))
             if share.requires_grad:
@@ -136,7 +137,7 @@ def accumulate(
             _add(routing, "load", found.load_LE)
         if found.importance_LE is not None:
             _add(routing, "importance", found.importance_LE)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
     return UpdateResult(values, routing)
 
 
@@ -156,8 +157,10 @@ def _stack(per_layer: Any) -> torch.Tensor | None:
     return torch.stack(rows)
 
 
-def _native_counts(router_logits: Any, config: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Load and importance of softmax top-k routers, which is what transformers' balance loss assumes."""
+def _native_counts(
+    router_logits: Any, config: Any
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Count for softmax top-k routers, which is what transformers' balance loss assumes."""
     if not router_logits:
         return None, None
     loads, weights = [], []

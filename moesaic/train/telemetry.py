@@ -1,7 +1,7 @@
 """What a run reports: log.jsonl, TensorBoard, throughput, MFU, expert load and importance.
 
-The device is asked for numbers only when a line is written: between lines, results stay tensors and the
-host runs ahead.
+The device is asked for numbers only when a line is written: between lines, results stay tensors and
+the host runs ahead.
 
     loss        mean cross-entropy of the window's updates, nats a token, without the balance loss
     balance     mean balance loss of the window, as it enters the gradient
@@ -26,7 +26,7 @@ from moesaic.core.files import write_text
 
 LOG_NAME = "log.jsonl"
 
-# Dense bf16 peak, TFLOP/s, from the vendors' data sheets; the first name found in the device's wins.
+# Dense bf16 peak, TFLOP/s, from the vendors' data sheets; the first that names the device wins.
 _PEAK_TFLOPS = {
     "B200": 2250.0,
     "GH200": 989.0,
@@ -117,7 +117,7 @@ class Window:
 
 
 def spread(name: str, counts_LE: torch.Tensor) -> dict[str, float]:
-    """Summarise how evenly counts fall on experts: coefficient of variation and largest over mean."""
+    """Summarise how evenly counts fall on experts: variation and largest over mean."""
     counts_LE = counts_LE.double().cpu()
     mean_L = counts_LE.mean(-1).clamp_min(1e-12)
     return {

@@ -121,7 +121,9 @@ def test_yaml_floats_without_a_dot_are_numbers(tmp_path):
 def test_command_line(tmp_path):
     from moesaic.data.tokenizer import train_tokenizer
 
-    folder = train_tokenizer(write(tmp_path / "t.txt", "some words " * 9), out=tmp_path / "tok", vocabulary=300)
+    folder = train_tokenizer(
+        write(tmp_path / "t.txt", "some words " * 9), out=tmp_path / "tok", vocabulary=300
+    )
     out = tmp_path / "m"
     arguments = ["llama-moe-tiny", "--set", "config.vocab_size=300", "--tokenizer", folder]
     result = run_cli("init", *arguments, "-o", out, "--json")

@@ -52,7 +52,8 @@ def test_the_tiny_recipe_runs(tmp_path):
     model = tmp_path / "model"
     made = run_cli("init", "llama-moe-tiny", "-o", model, "--tokenizer", tokenizer)
     assert made.exit_code == 0, made.stderr
-    # Its own data would take a minute to tokenise; the recipe's other settings are run as they stand.
+    # Its own data would take a minute to tokenise; the recipe's other settings are run as they
+    # stand.
     short = ["data.train", "data.valid"]
     options = [x for key in short for x in ("--set", f"{key}={text}")]
     options += ["--set", f"data.cache={tmp_path / 'cache'}", "--set", "tokens=4096"]

@@ -18,7 +18,7 @@ def corpus(tmp_path_factory):
     """Folders train/ and valid/ with the domains `sums` and `tales`."""
     root = tmp_path_factory.mktemp("corpus")
     rng = random.Random(0)
-    words = "the a cat dog king sees likes finds old small tree river".split()
+    words = ["the", "a", "cat", "dog", "king", "sees", "likes", "finds", "old", "tree", "river"]
 
     def sums():
         a, b = rng.randrange(50), rng.randrange(50)

@@ -14,7 +14,8 @@ from moesaic.train.state import states
 from tests.helpers import run_cli
 from tests.train.test_loop import course, log, weights
 
-# Kills itself inside the third save, when one of the state's files is written and the others are not.
+# Kills itself inside the third save, when one of the state's files is written and the others are
+# not.
 KILLED_WHILE_SAVING = """
 import os, signal, sys
 from moesaic.train import state

@@ -172,7 +172,7 @@ def test_no_resume_starts_again(settings, tmp_path):
     config = settings(steps=4)
     out = train(config, out=tmp_path / "run")
     first = course(out)
-    with pytest.raises(UserError, match="seed=0, now it is 1.*--no-resume"):
+    with pytest.raises(UserError, match=r"seed=0, now it is 1.*--no-resume"):
         train({**config, "seed": 1}, out=out)
     train({**config, "seed": 1}, out=out, resume=False)
     second = course(out)
@@ -198,7 +198,7 @@ def test_only_safetensors_json_and_text_are_written(settings, tmp_path):
 
 def test_a_diverging_run_stops_at_the_update_and_keeps_its_states(settings, tmp_path):
     config = settings(optimizer={"lr": 1e9, "clip": None}, schedule={"warmup": 8})
-    with pytest.raises(MoesaicError, match="became (nan|inf) at update") as caught:
+    with pytest.raises(MoesaicError, match=r"became (nan|inf) at update") as caught:
         train(config, out=tmp_path / "run")
     assert "optimizer.lr" in str(caught.value)
     assert not (tmp_path / "run" / "config.json").exists()
@@ -223,7 +223,7 @@ def test_a_full_disk_leaves_the_last_state_whole(settings, tmp_path, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(state, "save_file", full)
-        with pytest.raises(MoesaicError, match="no space left.*update 3 is whole") as caught:
+        with pytest.raises(MoesaicError, match=r"no space left.*update 3 is whole") as caught:
             train(config, out=tmp_path / "run")
     assert caught.value.exit_code == 1
     assert list(states(tmp_path / "run")) == [3]
@@ -240,7 +240,7 @@ def test_a_damaged_state_is_named(settings, tmp_path, monkeypatch):
             train(config, out=tmp_path / "run")
     file = states(tmp_path / "run")[6] / "optimizer.safetensors"
     file.write_bytes(file.read_bytes()[:200])
-    with pytest.raises(UserError, match="optimizer.safetensors is missing or damaged"):
+    with pytest.raises(UserError, match=r"optimizer.safetensors is missing or damaged"):
         train(config, out=tmp_path / "run")
 
 
@@ -272,7 +272,7 @@ def test_the_callers_generators_are_given_back(settings, tmp_path):
     ],
 )
 def test_wrong_settings_are_refused_before_anything_is_written(changes, words, settings, tmp_path):
-    with pytest.raises(UserError, match="(?i)" + words):
+    with pytest.raises(UserError, match=r"(?i)" + words):
         train(settings(**changes), out=tmp_path / "run")
     left = tmp_path / "run"
     assert not left.exists() or not any(left.iterdir())

@@ -8,9 +8,7 @@ from tests.train import models
 def test_decay_leaves_out_norms_and_biases_and_nothing_else():
     model = models.dense(attention_bias=True)
     skipped = {n for n, p in model.named_parameters() if not decays(n, p)}
-    assert skipped == {
-        n for n, _ in model.named_parameters() if "norm" in n or n.endswith("bias")
-    }
+    assert skipped == {n for n, _ in model.named_parameters() if "norm" in n or n.endswith("bias")}
     optimizer = Optimizer(model, OptimizerConfig(weight_decay=0.3))
     by_id = {
         id(p): group["weight_decay"]
@@ -103,5 +101,7 @@ def test_state_round_trip_continues_bit_for_bit():
         other = Optimizer(twin, OptimizerConfig())
         other.load_tensors({n: t.clone() for n, t in optimizer.tensors().items()})
         update(model, optimizer, 9), update(twin, other, 9)
-        for (name, p), (_, q) in zip(model.named_parameters(), twin.named_parameters(), strict=True):
+        for (name, p), (_, q) in zip(
+            model.named_parameters(), twin.named_parameters(), strict=True
+        ):
             assert torch.equal(p, q), name

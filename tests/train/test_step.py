@@ -98,7 +98,9 @@ def test_native_balance_is_the_one_of_transformers():
     outputs = model(input_ids=ids, labels=ids, output_router_logits=True)
     outputs.loss.backward()
     expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    assert float(result.values["balance_loss"]) == pytest.approx(0.3 * float(outputs.aux_loss), rel=1e-5)
+    assert float(result.values["balance_loss"]) == pytest.approx(
+        0.3 * float(outputs.aux_loss), rel=1e-5
+    )
     assert largest_difference(expected, got) < 1e-6
 
 
@@ -115,7 +117,9 @@ def test_load_counts_every_routed_row(build):
 def test_a_switched_off_balance_loss_adds_nothing():
     model, ids = models.llama_moe(), tokens(2)
     model.eval()
-    model.set_moe_gate_use_balance(False)  # the model then reports -100 a layer, as the original does
+    model.set_moe_gate_use_balance(
+        False
+    )  # the model then reports -100 a layer, as the original does
     result, got = gradients(model, ids.view(1, 2, T))
     model.set_moe_gate_use_balance(True)
     set_balance_coefficient(model, 0.0)

@@ -20,14 +20,16 @@ def command(
     tokenizer: Annotated[
         Path | None, typer.Option(help="Folder whose tokenizer is copied beside the model.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the weights; wins over the file's.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the weights; wins over the file's.")
+    ] = None,
     set_: SetOption = None,
     json: JsonOption = False,
 ) -> None:
     """Make a new model with random weights: any causal model type of transformers, or ours.
 
-    The YAML names `model_type` and, under `config`, that type's fields. A field that the type does not
-    have, or does not keep, is an error. The exact numbers of parameters are printed.
+    The YAML names `model_type` and, under `config`, that type's fields. A field that the type does
+    not have, or does not keep, is an error. The exact numbers of parameters are printed.
 
     Example: `moesaic init llama-4m -o runs/new --set config.num_hidden_layers=2`
     """

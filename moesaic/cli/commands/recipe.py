@@ -11,7 +11,9 @@ from moesaic.cli.output import JsonOption, OutOption, emit
 
 PANEL = "Help"
 
-app = typer.Typer(help="Shipped YAML files: training recipes and presets of new models.", no_args_is_help=True)
+app = typer.Typer(
+    help="Shipped YAML files: training recipes and presets of new models.", no_args_is_help=True
+)
 
 Name = Annotated[str, typer.Argument(help="A name that `moesaic recipe list` shows.")]
 

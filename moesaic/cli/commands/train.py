@@ -27,8 +27,8 @@ def command(
 ) -> None:
     """Train a dense or mixture-of-experts model on text, from one YAML file.
 
-    The output directory becomes a Hugging Face model with `log.jsonl`, the resolved `train.yaml` and the
-    saved states. After an interruption the same command goes on where it was.
+    The output directory becomes a Hugging Face model with `log.jsonl`, the resolved `train.yaml`
+    and the saved states. After an interruption the same command goes on where it was.
 
     Example: `moesaic train cpt-tiny -o runs/cpt --model runs/moe --set steps=50`
     """
