@@ -91,14 +91,17 @@ class SplitInputs:
         self.dense.checkpoint.release([name])
         return rows
 
-    def check_division(self) -> None:
-        """Raise UserError unless the numbers of experts make sense for this width."""
+    def check_experts(self) -> None:
+        """Raise UserError unless there are experts, and fewer shared than all."""
         if self.experts < 1 or not 0 <= self.shared < self.experts:
             raise UserError(
                 f"experts={self.experts} with shared={self.shared} was given. experts counts "
                 "all experts, shared ones included; give at least 1 expert and "
                 "fewer shared than experts."
             )
+
+    def check_division(self) -> None:
+        """Raise UserError unless the neurons divide by the experts."""
         if self.width % self.experts:
             near = [
                 e for e in range(1, self.width + 1) if self.width % e == 0 and e <= 4 * self.experts
@@ -116,6 +119,8 @@ class SplitMethod(Config):
     """Whether the method can make shared experts."""
     needs_data: ClassVar[bool] = False
     """Whether the method reads text."""
+    equal_parts: ClassVar[bool] = True
+    """Whether the method needs the neurons to divide by the experts."""
 
     @property
     def key(self) -> str:
@@ -124,6 +129,9 @@ class SplitMethod(Config):
 
     def check(self, inputs: SplitInputs) -> None:
         """Raise UserError, with the cure, when the method cannot do what was asked."""
+        inputs.check_experts()
+        if self.equal_parts:
+            inputs.check_division()
         if inputs.shared and not self.makes_shared:
             able = [name for name in SPLITS.names() if SPLITS.get(name).makes_shared]
             raise UserError(

@@ -249,7 +249,7 @@ def split(
     """Divide the neurons of a dense LLaMA among experts.
 
     `model` is a Hugging Face directory; `random` needs only its config.json. `method` is a name of
-    `moesaic list split`, a mapping `{"method": name, field: value}`, or a method object such as
+    `moesaic list splits`, a mapping `{"method": name, field: value}`, or a method object such as
     `Cluster(metric="cos")`. `experts` counts all experts, `shared` of them always on. `data` is a
     file, folder, mapping or dataset name; the methods that look at activations or gradients need
     it.
@@ -308,7 +308,6 @@ def divide(
     """What `split` does; also returns the arrays that the method wants kept."""
     chosen = resolve_method(method)
     inputs = SplitInputs(Path(model), read_model_config(Path(model)), experts, shared, data, seed)
-    inputs.check_division()
     chosen.check(inputs)
     layers = list(track(chosen.divide(inputs), f"splitting ({chosen.key})", total=inputs.layers))
     meta = {
