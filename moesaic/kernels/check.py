@@ -79,7 +79,7 @@ def check(
 
 def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:
     """2-norm of the difference over the norm of `exact` (over 1 where `exact` is all zeros)."""
-    exact = exact.double()
+    got, exact = got.detach(), exact.detach().double()
     scale = exact.norm()
     return float((got.double() - exact).norm() / (scale if scale > 0 else 1.0))
 
@@ -110,7 +110,8 @@ def _inputs(
     else:
         ids_TK = torch.zeros(tokens, top_k, dtype=torch.int64)
     ids_TK = ids_TK + (experts - used)  # the empty experts come first
-    weights_TK = torch.rand(tokens, top_k, generator=generator).to(device)  # float32, as routers do
+    wide = torch.promote_types(dtype, torch.float32)  # routers give float32 weights to bf16 experts
+    weights_TK = torch.rand(tokens, top_k, generator=generator).to(device, wide)
     return [
         normal(tokens, hidden),
         normal(experts, 2 * width, hidden, scale=hidden**-0.5),
