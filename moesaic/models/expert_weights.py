@@ -31,7 +31,7 @@ class MergeExperts(ConversionOps):
         self.width_dim = width_dim
 
     @torch.no_grad()
-    def convert(
+    def convert(  # type: ignore[override]  # as transformers' own operations do
         self,
         input_dict: dict[str, Any],
         source_patterns: list[str],
@@ -71,7 +71,7 @@ class CutExperts(ConversionOps):
         self.width_dim = width_dim
 
     @torch.no_grad()
-    def convert(
+    def convert(  # type: ignore[override]  # as transformers' own operations do
         self,
         input_dict: dict[str, Any],
         source_patterns: list[str],

@@ -8,6 +8,9 @@ Notation: B batch, S sequence, T = B*S tokens, D hidden size, I expert width (th
 layer), E experts, K experts a token (`num_selects`), L layers, V vocabulary.
 """
 
+# transformers' base classes, decorators and re-exports are untyped
+# mypy: disable-error-code="no-untyped-call, untyped-decorator, attr-defined, misc"
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -43,7 +46,16 @@ from moesaic.models.calculators import (
     WeightNorm,
 )
 from moesaic.models.expert_weights import layer_of
-from moesaic.models.gates import GATES, Gate, GateOutput, NoiseWeight, TopKBalancedNoisyGate
+from moesaic.models.gates import (
+    GATES,
+    Gate,
+    GateNetwork,
+    GateOutput,
+    LoadRule,
+    NoiseWeight,
+    ScoreRule,
+    TopKBalancedNoisyGate,
+)
 from moesaic.models.randomness import Randomness
 
 DEFAULT_EXPERTS = "moesaic"
@@ -103,7 +115,7 @@ class LlamaMoEConfig(PreTrainedConfig):
     """Width of each expert of each layer, [L][E]; None: all intermediate_size / num_experts."""
     gate_type: str = "TopKBalancedNoisyGate"
     """A name of `gates.GATES`."""
-    gate_network: str = "mlp"
+    gate_network: GateNetwork = "mlp"
     """"mlp" (D -> E, tanh, E -> E) or "linear" (D -> E)."""
     gate_use_softmax: bool = True
     gate_use_balance: bool = True
@@ -118,13 +130,13 @@ class LlamaMoEConfig(PreTrainedConfig):
     add_weight_norm: bool = False
     """Learn the scale factor, starting from score_scale_factor."""
     drop_tokens: bool = True
-    dropped_padding: str = "zero"
+    dropped_padding: DroppedPadding = "zero"
     """What a dropped token gives: "zero" or "input" (SwitchDropTokenCalculator)."""
     capacity_factor: float = 1.25
 
-    load_rule: str = "shazeer"
+    load_rule: LoadRule = "shazeer"
     """"original" counts load as the original program did (see TopKBalancedNoisyGate)."""
-    score_rule: str = "probability"
+    score_rule: ScoreRule = "probability"
     """"original" scores Switch and random gates as the original did (see SwitchBalancedGate)."""
     count_padding: bool = False
     """Count padding in load, importance, balance loss and capacity, as the original did."""
@@ -287,6 +299,8 @@ class Experts(nn.Module):
     zeros.
     """
 
+    down_proj_bias: torch.Tensor
+
     def __init__(self, config: LlamaMoEConfig, sizes: tuple[int, ...]) -> None:
         super().__init__()
         self.sizes = sizes
@@ -407,7 +421,8 @@ class LlamaMoEDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: LlamaMoEConfig, layer_idx: int) -> None:
         super().__init__()
-        self.self_attn = LlamaAttention(config=config, layer_idx=layer_idx)
+        like_llama: Any = config  # it has every field that LLaMA's own layers read
+        self.self_attn = LlamaAttention(config=like_llama, layer_idx=layer_idx)
         self.mlp = self.block_class(config, layer_idx)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -505,7 +520,8 @@ class LlamaMoEPreTrainedModel(PreTrainedModel):
 
     def moe_blocks(self) -> Iterator[Any]:
         """Yield each layer's routed block, in order: it has `gate` and `calculator`."""
-        for layer in self.base_model.layers:
+        decoder: Any = self.base_model
+        for layer in decoder.layers:
             yield layer.mlp.routed
 
     def gate_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -640,7 +656,7 @@ class LlamaMoEPreTrainedModel(PreTrainedModel):
     def _redraw(self, module: nn.Module) -> None:
         for part in module.modules():
             for parameter in part.parameters(recurse=False):
-                parameter._is_hf_initialized = False  # type: ignore[attr-defined]
+                parameter._is_hf_initialized = False
             self._init_weights(part)
 
 
@@ -658,7 +674,8 @@ class LlamaMoEModel(LlamaMoEPreTrainedModel):
             [self.layer_class(config, layer) for layer in range(config.num_hidden_layers)]
         )
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        like_llama: Any = config
+        self.rotary_emb = LlamaRotaryEmbedding(config=like_llama)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -842,7 +859,7 @@ class LlamaMoEForSequenceClassification(LlamaMoEPreTrainedModel):
 
     def __init__(self, config: LlamaMoEConfig) -> None:
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels = config.num_labels or 0
         self.model = self.model_class(config)
         self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
         self.post_init()

@@ -9,6 +9,9 @@ softmax; with one residual expert its weight is 1. Made by the Sharing-Inter spl
 Notation: as in llama_moe; R residual experts.
 """
 
+# transformers' base classes are untyped
+# mypy: disable-error-code="no-untyped-call, misc"
+
 from __future__ import annotations
 
 from typing import ClassVar
@@ -115,7 +118,8 @@ class ResidualBlock(nn.Module):
         x_TD = x_BSD.flatten(0, -2)
         decision = self.gate(x_TD, statistics=False)
         y_TD, _ = self.calculator(x_TD, decision.ids, decision.weights)
-        return y_TD.view_as(x_BSD)
+        y_BSD: torch.Tensor = y_TD.view_as(x_BSD)
+        return y_BSD
 
 
 class LlamaMoEResidualBlock(nn.Module):
