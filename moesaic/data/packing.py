@@ -80,7 +80,7 @@ class PackedDomain:
         back = [] if domain.eos is None or domain.eos == domain.bos else [domain.eos]
         self._front = np.array(front, dtype=np.int64)
         self._back = np.array(back, dtype=np.int64)
-        self._orders: dict[int, Permutation] = {}
+        self._indices: dict[int, int] = {}
 
     @property
     def epoch_tokens(self) -> int:
@@ -161,17 +161,22 @@ class PackedDomain:
         )
 
     def _index(self, k: int) -> int:
-        epoch, place = divmod(k, len(self.domain))
-        if epoch not in self._orders:
+        if k not in self._indices:
+            epoch, place = divmod(k, len(self.domain))
             order = Permutation(len(self.domain), key(self.seed, self.domain.name, epoch))
-            self._orders = {e: o for e, o in self._orders.items() if e >= epoch - 1} | {
-                epoch: order
-            }
-        return self._orders[epoch][place]
+            if len(self._indices) > 4 * len(self.lanes):
+                self._indices.clear()
+            self._indices[k] = order[place]
+        return self._indices[k]
 
     def _length(self, k: int) -> int:
         return self.domain.length(self._index(k)) + len(self._front) + len(self._back)
 
     def _read(self, piece: _Piece) -> np.ndarray:
-        whole = np.concatenate([self._front, self.domain.document(piece.index), self._back])
-        return whole[piece.start : piece.stop]
+        """Read only the piece: a document may be a whole book, or a whole file."""
+        start, stop = piece.start - len(self._front), piece.stop - len(self._front)
+        length = self.domain.length(piece.index)
+        inside = self.domain.read(piece.index, max(start, 0), max(min(stop, length), 0))
+        front = self._front[piece.start : piece.stop]
+        back = self._back[max(start - length, 0) : max(stop - length, 0)]
+        return np.concatenate([front, inside, back])

@@ -65,7 +65,12 @@ class TokenDomain:
 
     def document(self, index: int) -> np.ndarray:
         """Return the ids of one document, int64 [tokens], without delimiters."""
-        return self.ids[self.offsets[index] : self.offsets[index + 1]].astype(np.int64)
+        return self.read(index, 0, self.length(index))
+
+    def read(self, index: int, start: int, stop: int) -> np.ndarray:
+        """Return ids `start` to `stop` of one document, int64 [stop - start]."""
+        first = int(self.offsets[index])
+        return self.ids[first + start : first + max(start, stop)].astype(np.int64)
 
     @classmethod
     def from_documents(
@@ -194,8 +199,9 @@ def _remove_stale(path: Path) -> None:
 
 def _open(path: Path, name: str, tokenizer: Any) -> TokenDomain:
     facts = json.loads((path / "tokens.json").read_text(encoding="utf-8"))
-    ids = np.memmap(path / "ids.bin", dtype=facts["dtype"], mode="r")
-    offsets = np.memmap(path / "offsets.bin", dtype=np.int64, mode="r")
+    # As plain arrays: slicing a memmap object costs more than the copy it is made for.
+    ids = np.asarray(np.memmap(path / "ids.bin", dtype=facts["dtype"], mode="r"))
+    offsets = np.asarray(np.memmap(path / "offsets.bin", dtype=np.int64, mode="r"))
     if len(ids) != facts["tokens"] or len(offsets) != facts["documents"] + 1:
         raise UserError(f"{path}: the cached tokens are damaged. Remove that folder.")
     return TokenDomain(name, ids, offsets, tokenizer.bos_token_id, tokenizer.eos_token_id)

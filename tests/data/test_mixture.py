@@ -59,7 +59,7 @@ def test_resuming_is_bit_equal_and_reads_nothing(at: int, monkeypatch: pytest.Mo
     expected = draw(stream, 300)
     resumed = MixtureStream(domains(), block=16, seed=4)
     with monkeypatch.context() as patch:
-        patch.setattr(TokenDomain, "document", lambda *a: pytest.fail("replayed"))
+        patch.setattr(TokenDomain, "read", lambda *a: pytest.fail("replayed"))
         resumed.load_state_dict(state)
     assert draw(resumed, 300) == expected
     assert resumed.state_dict() == stream.state_dict()

@@ -151,3 +151,18 @@ def test_the_end_says_what_to_do_and_changes_nothing() -> None:
         with pytest.raises(EndOfData, match=r"'d' has been read 1 times.*raise max_epochs"):
             packed.take()
     assert packed.state_dict() == before
+
+
+def test_a_long_document_is_not_copied_for_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = PackedDomain(make_domain([100_000]), block=16, seed=0)
+    sizes: list[int] = []
+    real = TokenDomain.read
+
+    def read(domain: TokenDomain, index: int, start: int, stop: int) -> np.ndarray:
+        sizes.append(stop - start)
+        return real(domain, index, start, stop)
+
+    monkeypatch.setattr(TokenDomain, "read", read)
+    for _ in range(100):
+        packed.take()
+    assert max(sizes) <= 16

@@ -28,7 +28,7 @@ def test_ids_are_those_of_the_tokenizer(corpus: Path, tokenizer: Any, tmp_path: 
         assert [domain.length(i) for i in range(len(domain))] == [len(e) for e in expected]
         assert domain.tokens == sum(map(len, expected))
         assert domain.document(0).dtype == np.int64
-        assert isinstance(domain.ids, np.memmap)
+        assert isinstance(domain.ids.base, np.memmap)
         assert domain.ids.dtype == np.uint16
         assert (domain.bos, domain.eos) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
 
