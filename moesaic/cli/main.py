@@ -71,6 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments or bool(os.environ.get("MOESAIC_DEBUG"))
     arguments = [argument for argument in arguments if argument != "--debug"]
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars; ours say more
     from moesaic.cli.reporter import RichReporter
 
     try:

@@ -66,6 +66,11 @@ def reporting(reporter: Reporter) -> Iterator[Reporter]:
         _reporter.reset(token)
 
 
+def current() -> Reporter:
+    """Return the reporter in force, for one that wraps it."""
+    return _reporter.get()
+
+
 def note(text: str) -> None:
     """Say one line to the user: a fallback that was chosen, a figure that decides something."""
     _reporter.get().note(text)

@@ -41,6 +41,7 @@ def output_directory(path: Path | str, *, overwrite: bool = False) -> Iterator[P
     partial.mkdir()
     try:
         yield partial
+        make_readable(partial)
         _swap(partial, final)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -68,6 +69,14 @@ def write_bytes(path: Path | str, data: bytes) -> None:
 def write_text(path: Path | str, text: str) -> None:
     """Write a UTF-8 text file atomically."""
     write_bytes(path, text.encode("utf-8"))
+
+
+def make_readable(folder: Path) -> None:
+    """Give files the permissions of the user's umask: safetensors makes them for the owner only."""
+    mode = 0o666 & ~_umask()
+    for file in folder.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            file.chmod(file.stat().st_mode | mode)
 
 
 def _swap(partial: Path, final: Path) -> None:
