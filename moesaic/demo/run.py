@@ -1,0 +1,391 @@
+"""The demo's work: split three ways, check, measure, train the best, measure again, write a report.
+
+Results are plain data (results.json), which the page is made from:
+
+    dense        {"model", "loss": {"mean", domain...}}              nats a token, held-out
+    methods      one per split: {"split", "why", "experts", "top_k", "exact", "dense_check",
+                 "loss_converted", "loss_trained", "domains", "seconds"}
+    training     {"log": [{"tokens", "loss"}], "held_out": [{"tokens", "loss": {...}}]}
+    load         {"converted" | "trained": {domain: load_LE}}         each row sums to 1
+    samples      [{"prompt", "texts": {model: text}}]
+    parameters   {"total", "active"}; configs {title: yaml}; versions; machine; seconds
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moesaic.core.config import to_yaml
+from moesaic.core.console import Bar, Reporter, current, note, progress, reporting
+from moesaic.core.errors import UserError
+from moesaic.core.files import check_output, output_directory, write_text
+from moesaic.core.lineage import FILE_NAME as LINEAGE
+from moesaic.core.lineage import read_lineage, versions
+from moesaic.demo import page
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DENSE = Path(__file__).parents[1] / "assets" / "demo-llama"
+SPLITS: Mapping[str, str] = {
+    "random": "dealt out by chance",
+    "cluster": "similar weights together (balanced k-means)",
+    "gradient": "what matters for the same kind of text together",
+}
+SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "gradient": {"tokens": 16_384, "context": 256},  # seconds, where the default takes a minute
+}
+TRAIN, VALID = "stdlib@train", "stdlib@valid"
+PROMPTS = (
+    "def main(",
+    "class Reader:\n    def __init__(self, ",
+    "Return the number of ",
+    "The value of the expression is ",
+)
+CONTEXT = 256
+DOCUMENTS = 48
+"""Held-out documents a domain; the first CONTEXT tokens of each are scored."""
+SEQUENCES = 8
+MOST_TOKENS = 250_000
+"""What a fast machine trains on; a slower one stops after its seconds."""
+SECONDS = 60.0
+NEW_TOKENS = 48
+
+# Expected shares of the time, for the bar over everything.
+_DENSE, _SPLIT, _TRAIN, _REST = 5.0, 9.0, 55.0, 13.0
+
+
+def demo(
+    out: Path,
+    *,
+    model: Path = DENSE,
+    experts: int = 8,
+    top_k: int = 2,
+    tokens: int | None = None,
+    seconds: float | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Run the whole demo and return its results, which are also in `out`/results.json.
+
+    `out` receives report.html, results.json and the trained checkpoint, moe/, all at the end or not
+    at all. Training takes `tokens`, or as many as this machine manages in `seconds`, which is
+    measured first; by default the smaller of MOST_TOKENS and SECONDS' worth.
+
+    Raises UserError for an `out` that is taken, a model that cannot be split as asked, or both
+    `tokens` and `seconds`.
+    """
+    started = time.monotonic()
+    out = check_output(out, overwrite=overwrite)
+    _check(model, tokens, seconds)
+    total = _DENSE + _SPLIT * len(SPLITS) + _TRAIN + _REST
+    with (
+        output_directory(out, overwrite=overwrite) as partial,
+        _quiet_transformers(),
+        progress("demo", total=total) as bar,
+    ):
+        work = partial / "work"
+        work.mkdir()
+        run = _Run(model, work, experts=experts, top_k=top_k, seed=seed, bar=bar)
+        run.measure_dense()
+        for name, why in SPLITS.items():
+            run.convert(name, why)
+        best = run.best()
+        run.train(best, partial / "moe", tokens=tokens, seconds=seconds)
+        run.compare(best, partial / "moe")
+        results = run.results | {
+            "report": str(out / "report.html"),
+            "checkpoint": str(out / "moe"),
+            "versions": versions(),
+            "machine": _machine(),
+            "seconds": round(time.monotonic() - started, 1),
+        }
+        shutil.rmtree(work)
+        _name_final_place(partial, out)
+        page.write(results, partial / "report.html")
+        write_text(partial / "results.json", json.dumps(results, indent=1) + "\n")
+    return results
+
+
+@dataclass
+class _Run:
+    """A demo under way: settings, a directory to work in, and what was found so far."""
+
+    model: Path
+    work: Path
+    experts: int
+    top_k: int
+    seed: int
+    bar: Bar
+    results: dict[str, Any] = field(default_factory=dict)
+
+    def measure_dense(self) -> None:
+        from moesaic.generation import load_tokenizer
+
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.model)
+        dense = _load(self.model)
+        loss = self._loss(dense)
+        self.samples = {"dense": self._write(dense)}
+        self.results |= {
+            "experts": self.experts,
+            "top_k": self.top_k,
+            "dense": {"model": str(self.model), "loss": loss},
+            "methods": [],
+            "configs": {},
+        }
+        note(f"dense model: held-out loss {_losses(loss)}")
+        self.bar.advance(_DENSE)
+
+    def convert(self, name: str, why: str) -> None:
+        """Split, convert (which checks against the dense model) and measure."""
+        from moesaic.construct.convert import convert
+
+        start = time.monotonic()
+        path = convert(
+            self.model,
+            out=self.work / name,
+            split={"method": name, **SETTINGS.get(name, {})},
+            experts=self.experts,
+            top_k=self.top_k,
+            data=TRAIN,
+            seed=self.seed,
+            verify="full",
+        )
+        seconds = time.monotonic() - start
+        lineage = read_lineage(path) or {}
+        loss = self._loss(_load(path))
+        self.results["methods"].append(
+            {
+                "split": name,
+                "why": why,
+                "experts": self.experts,
+                "top_k": self.top_k,
+                "exact": lineage["exact"],
+                "dense_check": lineage["difference"],
+                "loss_converted": loss["mean"],
+                "loss_trained": None,
+                "domains": {"converted": loss},
+                "seconds": round(seconds, 2),
+            }
+        )
+        self.results["configs"][f"convert, {name} split"] = to_yaml(lineage["config"])
+        note(
+            f"{name} split: all experts on differ from dense by {lineage['difference']:.1e}; "
+            f"top {self.top_k} of {self.experts}: held-out loss {_losses(loss)}"
+        )
+        self.bar.advance(_SPLIT)
+
+    def best(self) -> dict[str, Any]:
+        method: dict[str, Any] = min(self.results["methods"], key=lambda m: m["loss_converted"])
+        return method
+
+    def train(
+        self, best: dict[str, Any], out: Path, *, tokens: int | None, seconds: float | None
+    ) -> None:
+        """Train the best conversion on, and read the curve off the run's log."""
+        from moesaic.train.loop import train
+        from moesaic.train.telemetry import LOG_NAME, read_log_lines
+
+        source = self.work / best["split"]
+        tokens = tokens or self._affordable(source, seconds)
+        config = self._training_config(tokens)
+        note(f"training the {best['split']} split on, {tokens:,} tokens")
+        with _share_of(self.bar, "training", _TRAIN):
+            train(config, model=source, out=out)
+        lines = read_log_lines(out / LOG_NAME)
+        held_out = [
+            {"tokens": line["tokens"], "loss": line["loss"]}
+            for line in lines
+            if line["event"] == "evaluate"
+        ]
+        self.results["training"] = {
+            "log": [
+                {"tokens": line["tokens"], "loss": line["loss"]}
+                for line in lines
+                if line["event"] == "train"
+            ],
+            "held_out": [{"tokens": 0, "loss": best["domains"]["converted"]}, *held_out],
+        }
+        self.results["trained_tokens"] = held_out[-1]["tokens"]
+        self.results["configs"]["train"] = (out / "train.yaml").read_text(encoding="utf-8")
+
+    def compare(self, best: dict[str, Any], trained: Path) -> None:
+        """Measure the checkpoint that was written, and let every model write and show its load."""
+        from moesaic.measure.load import measure_load
+        from moesaic.models.anatomy import anatomy
+
+        converted, moe = _load(self.work / best["split"]), _load(trained)
+        loss = self._loss(moe)
+        best["loss_trained"] = loss["mean"]
+        best["domains"]["trained"] = loss
+        note(f"after training: held-out loss {_losses(loss)}")
+        sizes = anatomy(moe)
+        self.results["parameters"] = {"total": sizes.params_total, "active": sizes.params_active}
+        self.results["load"] = {}
+        for stage, each in (("converted", converted), ("trained", moe)):
+            self.samples[f"MoE, {stage}"] = self._write(each)
+            load = measure_load(
+                each, self.tokenizer, VALID, context=CONTEXT, max_documents=DOCUMENTS
+            )
+            tables = load.share_DLE.tolist()
+            self.results["load"][stage] = dict(zip(load.domains, tables, strict=True))
+        self.results["samples"] = [
+            {"prompt": prompt, "texts": {who: texts[i] for who, texts in self.samples.items()}}
+            for i, prompt in enumerate(PROMPTS)
+        ]
+        self.bar.advance(_REST)
+
+    def _loss(self, model: PreTrainedModel) -> dict[str, float]:
+        from moesaic.measure.loss import held_out_loss
+
+        return held_out_loss(model, self.tokenizer, VALID, context=CONTEXT, max_documents=DOCUMENTS)
+
+    def _write(self, model: PreTrainedModel) -> list[str]:
+        from moesaic.generation import generate
+
+        return [
+            generate(model, prompt, tokenizer=self.tokenizer, max_new_tokens=NEW_TOKENS).text
+            for prompt in PROMPTS
+        ]
+
+    def _affordable(self, source: Path, seconds: float | None) -> int:
+        """Whole updates that fit the time, at the speed of a few trial updates."""
+        speed = _training_speed(_load(source))
+        wanted = int(speed * (SECONDS if seconds is None else seconds))
+        if seconds is None:
+            wanted = min(wanted, MOST_TOKENS)
+        update = SEQUENCES * CONTEXT
+        return max(1, wanted // update) * update
+
+    def _training_config(self, tokens: int) -> dict[str, Any]:
+        updates = max(1, tokens // (SEQUENCES * CONTEXT))
+        return {
+            "data": {
+                "train": TRAIN,
+                "valid": VALID,
+                "block_size": CONTEXT,
+                "cache": str(self.work / "tokens"),
+            },
+            "tokens": tokens,
+            "batch": {"sequences": SEQUENCES},
+            "optimizer": {"lr": 1e-3},
+            "schedule": {"warmup": min(10, updates // 4), "floor": 0.1},
+            "device": "cpu",
+            "seed": self.seed,
+            "log": {"every": max(1, updates // 100)},
+            "evaluate": {
+                "every": max(1, updates // 3),
+                "documents": DOCUMENTS,
+                "at_start": False,
+            },
+            "checkpoint": {"keep_last": 0},
+        }
+
+
+def _check(model: Path, tokens: int | None, seconds: float | None) -> None:
+    if tokens is not None and seconds is not None:
+        raise UserError("both tokens and seconds were given. Give one of them.")
+    if tokens is not None and tokens < SEQUENCES * CONTEXT:
+        raise UserError(
+            f"tokens={tokens} is less than one update. Give at least {SEQUENCES * CONTEXT}."
+        )
+    if seconds is not None and seconds <= 0:
+        raise UserError(f"seconds={seconds}: give a positive number.")
+    if not (model / "config.json").is_file():
+        raise UserError(f"{model} holds no model. Give a dense LLaMA, or leave --model out.")
+
+
+def _load(path: Path) -> PreTrainedModel:
+    import torch
+
+    from moesaic.models.load import load
+
+    model: PreTrainedModel = load(path, dtype=torch.float32).eval()
+    return model
+
+
+def _training_speed(model: PreTrainedModel) -> float:
+    """Tokens a second of forward and backward passes here and now, on random ids."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    shape = (SEQUENCES, CONTEXT)
+    ids_BT = torch.randint(0, model.config.vocab_size, shape, generator=generator)
+    model.train()
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss.backward()
+        times.append(time.perf_counter() - start)
+    return ids_BT.numel() / min(times[1:])  # the first one also warms up
+
+
+def _name_final_place(partial: Path, final: Path) -> None:
+    """Write the final directory's name where files made on the way name the partial one."""
+    for name in (LINEAGE, "train.yaml"):
+        file = partial / "moe" / name
+        text = file.read_text(encoding="utf-8")
+        write_text(file, text.replace(str(partial), str(final)))
+
+
+@contextmanager
+def _share_of(bar: Bar, what: str, share: float) -> Iterator[None]:
+    """Let the progress called `what` inside the block also advance `bar`, by `share` in all."""
+
+    class Forward:
+        def __init__(self, reporter: Reporter) -> None:
+            self._reporter = reporter
+
+        def note(self, text: str) -> None:
+            self._reporter.note(text)
+
+        @contextmanager
+        def progress(self, name: str, total: float | None) -> Iterator[Bar]:
+            with self._reporter.progress(name, total) as inner:
+                yield _Both(inner, bar, share / total) if name == what and total else inner
+
+    with reporting(Forward(current())):
+        yield
+
+
+@dataclass(frozen=True)
+class _Both:
+    inner: Bar
+    outer: Bar
+    scale: float
+
+    def advance(self, steps: float = 1, **fields: object) -> None:
+        self.inner.advance(steps, **fields)
+        self.outer.advance(steps * self.scale)
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Silence transformers' own progress bars: they would draw over ours."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _machine() -> str:
+    return f"{os.cpu_count()} CPU cores, {platform.machine()}"
+
+
+def _losses(loss: Mapping[str, float]) -> str:
+    domains = ", ".join(f"{name} {value:.3f}" for name, value in loss.items() if name != "mean")
+    return f"{loss['mean']:.3f} ({domains})"
