@@ -15,7 +15,9 @@ from safetensors import SafetensorError
 from moesaic.core.config import to_yaml
 from moesaic.core.console import note
 from moesaic.core.errors import MoesaicError
+from moesaic.core.files import make_readable
 from moesaic.core.lineage import FILE_NAME as LINEAGE
+from moesaic.core.files import make_readable
 from moesaic.core.lineage import read_lineage, write_lineage
 from moesaic.train import state
 
@@ -97,6 +99,7 @@ def _write(run: Run, partial: Path) -> None:
             active_parameters=run.active,
         )
         (partial / "train.yaml").write_text(to_yaml(run.config), encoding="utf-8")
+        make_readable(partial)
         (run.path / _CONFIG).unlink(missing_ok=True)
         files = sorted(partial.iterdir(), key=lambda file: file.name == _CONFIG)
         for file in files:
