@@ -117,9 +117,11 @@ def _from_pretrained(
         )
     except torch.OutOfMemoryError:
         raise
+    except UserError as error:
+        raise UserError(f"{source.name}: {error}") from error
     except (OSError, ValueError, TypeError, ImportError) as error:
-        if isinstance(error, UserError) or getattr(error, "errno", None) is not None:
-            raise
+        if getattr(error, "errno", None) is not None:
+            raise  # the machine's failure: no space for offloading, no permission
         raise UserError(f"{source.name} cannot be loaded: {_one_line(error)}") from error
     except RuntimeError as error:
         detail = report.conversions()
