@@ -38,13 +38,9 @@ class Files:
             digest.update(f"{suffix_of(path)} {content_hash(path)}\n".encode())
         return digest.hexdigest()
 
-    @property
-    def size(self) -> int:
-        """Bytes on disk."""
-        return sum(path.stat().st_size for path in self.paths)
-
 
 def checked(path: Path) -> Path:
+    """Return `path`. Raises UserError when its name says that it is no text that is read here."""
     if not suffix_of(path):
         raise UserError(
             f"{path}: not a kind of text that is read here. Give one of {', '.join(SUFFIXES)}."

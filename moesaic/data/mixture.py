@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from moesaic.core.errors import UserError
 from moesaic.data.packing import Block, EndOfData, PackedDomain
 from moesaic.data.portions import Portions, domain_weights
@@ -53,6 +55,7 @@ class MixtureStream:
             name: PackedDomain(domain, block=block, seed=seed, lanes=lanes, max_epochs=max_epochs)
             for name, domain in domains.items()
         }
+        self._names = list(self.domains)
         self.seed = seed
         self.block = block
         self.rank = rank
@@ -79,7 +82,7 @@ class MixtureStream:
         self.weights = domain_weights(weights, list(self.domains))
         self._bounds = list(itertools.accumulate(self.weights.values()))
 
-    def next_block(self) -> tuple[str, Any]:
+    def next_block(self) -> tuple[str, np.ndarray]:
         """Return the next block's domain and its ids, int64 [block]. Raises EndOfData."""
         block = self.next()
         return block.domain, block.ids
@@ -97,7 +100,7 @@ class MixtureStream:
         assert mine is not None
         return mine
 
-    def __iter__(self) -> Iterator[tuple[str, Any]]:
+    def __iter__(self) -> Iterator[tuple[str, np.ndarray]]:
         while True:
             try:
                 yield self.next_block()
@@ -134,8 +137,7 @@ class MixtureStream:
 
     def _draw(self) -> str:
         point = uniform(self._key, self.draws) * self._bounds[-1]
-        names = list(self.domains)
-        return names[min(bisect.bisect_right(self._bounds, point), len(names) - 1)]
+        return self._names[min(bisect.bisect_right(self._bounds, point), len(self._names) - 1)]
 
 
 def open_mixture(

@@ -108,6 +108,8 @@ class PackedDomain:
     def state_dict(self) -> dict[str, Any]:
         """Return the cursor as JSON."""
         return {
+            "documents": len(self.domain),
+            "tokens": self.domain.tokens,
             "blocks": self.blocks,
             "opened": self.opened,
             "lanes": [list(lane) for lane in self.lanes],
@@ -116,12 +118,12 @@ class PackedDomain:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to the place that `state` names. Raises UserError when it does not fit this domain."""
         lanes: Sequence[Sequence[int]] = state["lanes"]
-        if len(lanes) != len(self.lanes) or any(
-            k >= 0 and used > self._length(k) for k, used in lanes
-        ):
+        known = (state["documents"], state["tokens"], len(lanes))
+        if known != (len(self.domain), self.domain.tokens, len(self.lanes)):
             raise UserError(
-                f"the saved position in the domain '{self.domain.name}' does not fit its "
-                "documents. Resume with the data the run began with."
+                f"the saved position in the domain '{self.domain.name}' is one among "
+                f"{known[0]} documents of {known[1]} tokens, but the data has {len(self.domain)} "
+                f"of {self.domain.tokens}. Resume with the data the run began with."
             )
         self.blocks = int(state["blocks"])
         self.opened = int(state["opened"])

@@ -144,7 +144,7 @@ def test_a_state_that_does_not_fit_is_refused() -> None:
     grown = MixtureStream(domains(), block=16, seed=3)
     draw(grown, 20)
     other = domains() | {"books": make_domain([3] * 12, name="books")}
-    with pytest.raises(UserError, match="does not fit its documents"):
+    with pytest.raises(UserError, match="Resume with the data"):
         MixtureStream(other, block=16, seed=3).load_state_dict(grown.state_dict())
 
 
