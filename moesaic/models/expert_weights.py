@@ -43,14 +43,14 @@ class MergeExperts(ConversionOps):
         counts = [len(group) for group in groups]
         if len(set(counts)) != 1 or counts[0] == 0:
             raise ValueError(f"{counts} experts under {source_patterns}: they must be as many.")
-        widths = [
-            max(tensor.shape[self.width_dim] for tensor in experts)
-            for experts in zip(*groups, strict=True)
-        ]
-        width = max(widths)
+        width = max(tensor.shape[self.width_dim] for group in groups for tensor in group)
         shape = list(groups[0][0].shape)
         shape[self.width_dim] = width * len(groups)
-        merged = groups[0][0].new_zeros((counts[0], *shape))
+        even = all(
+            tensor.shape[self.width_dim] == width for experts in groups for tensor in experts
+        )
+        allocate = groups[0][0].new_empty if even else groups[0][0].new_zeros
+        merged = allocate((counts[0], *shape))
         for part, group in enumerate(groups):
             for expert in range(counts[0]):
                 tensor, group[expert] = group[expert], None  # freed one by one: never two copies

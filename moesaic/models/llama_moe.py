@@ -169,12 +169,29 @@ class LlamaMoEConfig(PreTrainedConfig):
                 f"num_selects={self.num_selects} but the model has {self.num_experts} experts. "
                 "Lower num_selects or split into more experts."
             )
+        self._check_dispatch()
         check_expert_sizes(self, "size_experts", self.num_experts, self._routed_width())
         scale = self.score_scale_factor
         if isinstance(scale, (list, tuple)) and len(scale) != self.num_hidden_layers:
             raise UserError(
                 f"score_scale_factor has {len(scale)} values but the model has "
                 f"{self.num_hidden_layers} layers. Give one number, or one for each layer."
+            )
+
+    def _check_dispatch(self) -> None:
+        """Some gates choose a number of experts of their own; some calculators take only one."""
+        if self.gate_type == "SwitchBalancedGate":
+            chosen = 1
+        elif self.gate_type.startswith("Uniform"):
+            chosen = self.num_experts
+        else:
+            chosen = self.num_selects
+        taken = {"UniformCalculator": self.num_experts, "SwitchDropTokenCalculator": 1}
+        if chosen != taken.get(self.calculator_type, chosen):
+            raise UserError(
+                f"{self.calculator_type} takes {taken[self.calculator_type]} expert(s) a token but "
+                f"{self.gate_type} chooses {chosen}. Use calculator_type='UniversalCalculator', "
+                "or another gate or num_selects."
             )
 
     def _routed_width(self) -> int:
@@ -577,6 +594,18 @@ class LlamaMoEPreTrainedModel(PreTrainedModel):
         """Smallest standard deviation of the noise."""
         self._set_gates("noise_epsilon", noise_epsilon)
 
+    def set_moe_gate_load_rule(self, load_rule: LoadRule) -> None:
+        """How load is counted: "shazeer", or "original" as the original program did."""
+        if load_rule not in ("shazeer", "original"):
+            raise unknown("load_rule", str(load_rule), ("shazeer", "original"))
+        self._set_gates("load_rule", load_rule, field="load_rule")
+
+    def set_moe_gate_score_rule(self, score_rule: ScoreRule) -> None:
+        """How Switch and random gates score: "probability", or "original"."""
+        if score_rule not in ("probability", "original"):
+            raise unknown("score_rule", str(score_rule), ("probability", "original"))
+        self._set_gates("score_rule", score_rule, field="score_rule")
+
     def set_moe_calculator_multiply_gate_scores(self, multiply_gate_scores: bool) -> None:
         """Whether experts are weighted by scores and scale factor, or simply added."""
         self._set_calculators("multiply_gate_scores", multiply_gate_scores)
@@ -600,6 +629,8 @@ class LlamaMoEPreTrainedModel(PreTrainedModel):
             self.config.score_scale_factor = score_scale_factor
         for block, scale in zip(self.moe_blocks(), scales, strict=True):
             block.calculator.score_scale_factor = float(scale)
+            if block.calculator.mlp_norm is not None:
+                nn.init.constant_(block.calculator.mlp_norm.weight, float(scale))
 
     def set_moe_calculator_drop_tokens(self, drop_tokens: bool) -> None:
         """Whether an expert over its capacity drops tokens (SwitchDropTokenCalculator)."""

@@ -410,9 +410,7 @@ def test_dropped_tokens_are_counted_without_padding():
 
 
 def test_setters_change_layers_and_config_and_survive_saving(tmp_path):
-    model = tiny.build(
-        families.LlamaMoEForCausalLM, tiny.config(calculator_type="SwitchDropTokenCalculator")
-    )
+    model = tiny.build(families.LlamaMoEForCausalLM, tiny.config())
     model.set_moe_num_selects(1)
     model.set_moe_gate_use_softmax(False)
     model.set_moe_gate_use_balance(False)
@@ -425,7 +423,11 @@ def test_setters_change_layers_and_config_and_survive_saving(tmp_path):
     model.set_moe_calculator_drop_tokens(False)
     model.set_moe_calculator_dropped_padding("input")
     model.set_moe_calculator_capacity_factor(2.0)
+    model.set_moe_gate_load_rule("original")
+    model.set_moe_gate_score_rule("original")
     expected = {
+        "load_rule": "original",
+        "score_rule": "original",
         "num_selects": 1,
         "gate_use_softmax": False,
         "gate_use_balance": False,
@@ -447,6 +449,7 @@ def test_setters_change_layers_and_config_and_survive_saving(tmp_path):
             assert (gate.num_selects, gate.use_softmax, gate.use_balance) == (1, False, False)
             assert (gate.balance_loss_weight, gate.add_noise) == (0.5, False)
             assert gate.noise_epsilon == 0.25
+            assert gate.load_rule == gate.score_rule == "original"
             assert calculator.score_scale_factor == [2.0, 3.0][layer]
             assert not calculator.multiply_gate_scores
             assert (calculator.drop_tokens, calculator.dropped_padding) == (False, "input")
@@ -564,6 +567,8 @@ def test_routers_look_like_transformers_own():
         ({"gate_network": "lnear"}, "Did you mean 'linear'"),
         ({"load_rule": "new"}, "Unknown load_rule"),
         ({"dropped_padding": "one"}, "Unknown dropped_padding"),
+        ({"calculator_type": "UniformCalculator"}, "takes 4 .* TopKBalancedNoisyGate chooses 2"),
+        ({"calculator_type": "SwitchDropTokenCalculator"}, "takes 1 expert"),
     ],
 )
 def test_configs_that_cannot_be(fields, message):
