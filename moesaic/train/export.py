@@ -17,7 +17,6 @@ from moesaic.core.console import note
 from moesaic.core.errors import MoesaicError
 from moesaic.core.files import make_readable
 from moesaic.core.lineage import FILE_NAME as LINEAGE
-from moesaic.core.files import make_readable
 from moesaic.core.lineage import read_lineage, write_lineage
 from moesaic.train import state
 
