@@ -252,14 +252,17 @@ def render(rows: list[dict[str, Any]], shared: dict[str, Any]) -> str:
     seeds = sorted({row["seed"] for row in rows})
     devices = sorted({row["device"] for row in rows})
     text = [
-        "# Splits: loss after conversion and after continual pre-training", "", f"dense-14m (8
-        layers, FFN 1024) into {EXPERTS} experts; held-out loss in nats a token, mean of "
-        f"{len(DOMAINS)} domains, one document a row, context 512.", f"Training: AdamW, peak rate
-        {shared['lr']:g}, {shared['warmup_share']:.0%} warm-up, cosine to " f"10 %,
-        {shared['sequences']} x {shared['block_size']} tokens an update, domains in equal parts; "
-        f"every row sees the same tokens in the same order. Seeds: {', '.join(map(str, seeds))}" +
-        (" (mean ± half the range)." if len(seeds) > 1 else "."), f"Machine: {', '.join(devices)}.
-        Made with `python benchmarks/splits.py run` and `table`.",
+        "# Splits: loss after conversion and after continual pre-training",
+        "",
+        f"dense-14m (8 layers, FFN 1024) into {EXPERTS} experts; held-out loss in nats a token, "
+        f"mean of {len(DOMAINS)} domains, one document a row, context 512. "
+        f"Training: AdamW, peak rate {shared['lr']:g}, {shared['warmup_share']:.0%} warm-up, cosine "
+        f"to 10 %, {shared['sequences']} x {shared['block_size']} tokens an update, domains in equal "
+        "parts; every row sees the same tokens in the same order. "
+        f"Seeds: {', '.join(map(str, seeds))}"
+        + (" (mean ± half the range)." if len(seeds) > 1 else "."),
+        "",
+        f"Machine: {', '.join(devices)}. Made with `python benchmarks/splits.py run` and `table`.",
     ]
     for active in sorted({row["active"] for row in rows if row["start"] != DENSE}):
         chosen = [row for row in rows if row["active"] == active or row["start"] == DENSE]
