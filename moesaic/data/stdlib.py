@@ -5,8 +5,10 @@
     prose        the help topics of `pydoc`, which are chapters of the language reference
 
 A module or topic is held out (split ``valid``) when the SHA-256 of its name says so, about one in
-ten: the same ones on every machine, for code and docstrings alike. Generated tables, test suites
-and packages that distributions leave out are not read. The text differs between Python versions.
+ten: the same ones on every machine, for code and docstrings alike. Help topics quote each other
+(that of `while` is a part of that of all compound statements), so paragraphs of held-out topics are
+cut out of those to train on. Generated tables, test suites and packages that distributions leave
+out are not read. The text differs between Python versions.
 """
 
 from __future__ import annotations
@@ -63,9 +65,10 @@ class StandardLibrary:
     def named(self) -> Iterator[tuple[str, str]]:
         """Yield the name of each module or topic with its document, which may be empty."""
         if self.kind == "prose":
+            seen_only = self.split == "train"
             for name, text in sorted(_topics().items()):
                 if self._wanted(name):
-                    yield name, text.strip() + "\n"
+                    yield name, _without_held_out(text) if seen_only else text.strip() + "\n"
             return
         for name, path in _modules():
             if self._wanted(name):
@@ -74,7 +77,7 @@ class StandardLibrary:
 
     def fingerprint(self) -> str:
         """Hash the text that the documents are made of."""
-        digest = hashlib.sha256(f"stdlib 1 {self.kind} {self.split}\n".encode())
+        digest = hashlib.sha256(f"stdlib 2 {self.kind} {self.split}\n".encode())
         if self.kind == "prose":
             for name, text in sorted(_topics().items()):
                 digest.update(f"{name}\n{text}\n".encode())
@@ -85,6 +88,18 @@ class StandardLibrary:
 
     def _wanted(self, name: str) -> bool:
         return self.split == "all" or held_out(name) == (self.split == "valid")
+
+
+def _without_held_out(text: str) -> str:
+    kept = [part for part in text.strip().split("\n\n") if part.strip() not in _held_out_prose()]
+    return "\n\n".join(kept) + "\n" if kept else ""
+
+
+@lru_cache(maxsize=1)
+def _held_out_prose() -> frozenset[str]:
+    """Paragraphs of the help topics that are held out."""
+    topics = [text for name, text in _topics().items() if held_out(name)]
+    return frozenset(part.strip() for text in topics for part in text.split("\n\n"))
 
 
 def library(split: str = "all") -> dict[str, Source]:

@@ -59,3 +59,14 @@ def test_held_out_names_are_fixed() -> None:
 def test_fingerprints_tell_splits_apart() -> None:
     found = {open_source(f"stdlib@{split}").fingerprint() for split in ("all", "train", "valid")}
     assert len(found) == 3
+
+
+def test_no_paragraph_of_a_held_out_topic_is_trained_on():
+    def paragraphs(split):
+        documents = StandardLibrary("prose", split).documents()
+        return {part.strip() for text in documents for part in text.split("\n\n") if part.strip()}
+
+    held_out = paragraphs("valid")
+    assert held_out
+    assert not held_out & paragraphs("train")
+    assert held_out & paragraphs("all") == held_out
