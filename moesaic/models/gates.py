@@ -361,7 +361,8 @@ def squared_variation(values_E: torch.Tensor) -> torch.Tensor:
 def _total(values_TE: torch.Tensor, valid_T: torch.Tensor | None) -> torch.Tensor:
     """Sum over the valid tokens."""
     if valid_T is not None:
-        values_TE = values_TE * valid_T[:, None]
+        # not a product: some attention kernels leave NaN in the rows of padding
+        values_TE = values_TE.masked_fill(~valid_T[:, None], 0.0)
     return values_TE.sum(dim=0)
 
 

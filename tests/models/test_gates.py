@@ -198,6 +198,7 @@ def test_rows_that_are_not_valid_change_no_statistic(name, training):
     gate = GATES[name](16, 5, k, network="mlp").train(training)
     x, noise = torch.randn(12, 16), torch.randn(12, 5)
     valid = torch.tensor([True, False, True] * 4)
+    x[1] = float("nan")
     gate.randomness = Fixed(normal=noise, uniform=noise, gumbel=noise)
     masked = gate(x, valid)
     gate.randomness = Fixed(normal=noise[valid], uniform=noise[valid], gumbel=noise[valid])
