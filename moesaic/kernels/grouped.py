@@ -93,8 +93,10 @@ def _invert(order_N: torch.Tensor) -> torch.Tensor:
 
 def _combine(y_ND: torch.Tensor, inverse_N: torch.Tensor, top_k: int) -> torch.Tensor:
     """Sum the K rows of each token (torch adds half-precision numbers in float32)."""
-    y_ND = y_ND.index_select(0, inverse_N)
-    return y_ND if top_k == 1 else y_ND.view(-1, top_k, y_ND.shape[1]).sum(dim=1)
+    y_TKD = y_ND.index_select(0, inverse_N).view(-1, top_k, y_ND.shape[1])
+    if top_k == 2:  # the same number, three times faster than a reduction on a CPU
+        return y_TKD[:, 0] + y_TKD[:, 1]
+    return y_TKD[:, 0] if top_k == 1 else y_TKD.sum(dim=1)
 
 
 def _activation_backward(

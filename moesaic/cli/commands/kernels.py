@@ -73,7 +73,7 @@ def check(
             skipped.append({"experts": shape.name, "reason": shape.unusual})
             continue
         fitting = _MOST_WEIGHTS // (3 * shape.hidden * shape.width)
-        experts = max(shape.top_k, min(shape.num_experts, fitting))
+        experts = min(shape.num_experts, max(2, fitting))
         for dtype in (torch.float32, torch.bfloat16):
             result = run(
                 tokens=tokens,
