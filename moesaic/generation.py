@@ -152,8 +152,9 @@ def _load(path: str | Path, device: Device, dtype: DType) -> PreTrainedModel:
         raise UserError("device=cuda, but torch sees no CUDA GPU here. Use --device cpu.")
     # bfloat16 products on a CPU are slow and coarse; a checkpoint's own type is meant for GPUs.
     chosen = ("float32" if place == "cpu" else "auto") if dtype == "auto" else dtype
-    model: PreTrainedModel = load(path, dtype=chosen).to(place).eval()
-    return model
+    model: Any = load(path, dtype=chosen)
+    placed: PreTrainedModel = model.to(place)
+    return placed
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:

@@ -202,8 +202,8 @@ def _spread(load: Mapping[str, Sequence[Sequence[float]]]) -> str:
 
 def _samples(section: Section, results: Results) -> None:
     section.text(
-        "The same beginnings, continued by each model, always taking the likeliest token. These "
-        "are very small models: look at the form of the text, not at what it says."
+        "The same beginnings, continued by each model with the same settings and seed. These are "
+        "very small models: look at the form of the text, not at what it says."
     )
     section.samples([Sample(s["prompt"], s["texts"]) for s in results["samples"]])
 

@@ -18,7 +18,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,10 +58,12 @@ SEQUENCES = 8
 MOST_TOKENS = 250_000
 """What a fast machine trains on; a slower one stops after its seconds."""
 SECONDS = 60.0
-NEW_TOKENS = 48
+NEW_TOKENS = 64
+SAMPLING: Mapping[str, Any] = {"temperature": 0.7, "top_p": 0.95, "seed": 1}
+"""Greedy text of models this small goes round in circles."""
 
 # Expected shares of the time, for the bar over everything.
-_DENSE, _SPLIT, _TRAIN, _REST = 5.0, 9.0, 55.0, 13.0
+_DENSE, _SPLIT, _TRAIN, _REST = 5, 9, 55, 13
 
 
 def demo(
@@ -77,31 +79,29 @@ def demo(
 ) -> dict[str, Any]:
     """Run the whole demo and return its results, which are also in `out`/results.json.
 
-    `out` receives report.html, results.json and the trained checkpoint, moe/, all at the end or not
-    at all. Training takes `tokens`, or as many as this machine manages in `seconds`, which is
-    measured first; by default the smaller of MOST_TOKENS and SECONDS' worth.
+    `out` receives report.html, results.json, the trained checkpoint in moe/ and the conversions it
+    was chosen from in converted/, all at the end or not at all. Training takes `tokens`, or as
+    many as this machine manages in `seconds`, which is measured first; by default the smaller of
+    MOST_TOKENS and SECONDS' worth.
 
     Raises UserError for an `out` that is taken, a model that cannot be split as asked, or both
     `tokens` and `seconds`.
     """
     started = time.monotonic()
     out = check_output(out, overwrite=overwrite)
-    _check(model, tokens, seconds)
+    _check(model, experts, top_k, tokens, seconds)
     total = _DENSE + _SPLIT * len(SPLITS) + _TRAIN + _REST
     with (
         output_directory(out, overwrite=overwrite) as partial,
-        _quiet_transformers(),
         progress("demo", total=total) as bar,
     ):
-        work = partial / "work"
-        work.mkdir()
-        run = _Run(model, work, experts=experts, top_k=top_k, seed=seed, bar=bar)
+        run = _Run(model, partial, out, experts=experts, top_k=top_k, seed=seed, bar=bar)
         run.measure_dense()
         for name, why in SPLITS.items():
             run.convert(name, why)
         best = run.best()
-        run.train(best, partial / "moe", tokens=tokens, seconds=seconds)
-        run.compare(best, partial / "moe")
+        run.train(best, tokens=tokens, seconds=seconds)
+        run.compare(best)
         results = run.results | {
             "report": str(out / "report.html"),
             "checkpoint": str(out / "moe"),
@@ -109,8 +109,7 @@ def demo(
             "machine": _machine(),
             "seconds": round(time.monotonic() - started, 1),
         }
-        shutil.rmtree(work)
-        _name_final_place(partial, out)
+        run.name_final_place()
         page.write(results, partial / "report.html")
         write_text(partial / "results.json", json.dumps(results, indent=1) + "\n")
     return results
@@ -118,15 +117,30 @@ def demo(
 
 @dataclass
 class _Run:
-    """A demo under way: settings, a directory to work in, and what was found so far."""
+    """A demo under way: settings, the directory it fills, what that will be called, results."""
 
     model: Path
-    work: Path
+    folder: Path
+    final: Path
     experts: int
     top_k: int
     seed: int
     bar: Bar
     results: dict[str, Any] = field(default_factory=dict)
+    samples: dict[str, list[str]] = field(default_factory=dict)
+
+    def converted(self, split: str) -> Path:
+        """Where the conversion with a split is."""
+        return self.folder / "converted" / split
+
+    @property
+    def trained(self) -> Path:
+        """Where the trained mixture is."""
+        return self.folder / "moe"
+
+    def renamed(self, text: str) -> str:
+        """`text` with the name that the directory will have at the end."""
+        return text.replace(str(self.folder), str(self.final))
 
     def measure_dense(self) -> None:
         from moesaic.generation import load_tokenizer
@@ -134,7 +148,7 @@ class _Run:
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.model)
         dense = _load(self.model)
         loss = self._loss(dense)
-        self.samples = {"dense": self._write(dense)}
+        self.samples["dense"] = self._write(dense)
         self.results |= {
             "experts": self.experts,
             "top_k": self.top_k,
@@ -152,7 +166,7 @@ class _Run:
         start = time.monotonic()
         path = convert(
             self.model,
-            out=self.work / name,
+            out=self.converted(name),
             split={"method": name, **SETTINGS.get(name, {})},
             experts=self.experts,
             top_k=self.top_k,
@@ -188,19 +202,18 @@ class _Run:
         method: dict[str, Any] = min(self.results["methods"], key=lambda m: m["loss_converted"])
         return method
 
-    def train(
-        self, best: dict[str, Any], out: Path, *, tokens: int | None, seconds: float | None
-    ) -> None:
+    def train(self, best: dict[str, Any], *, tokens: int | None, seconds: float | None) -> None:
         """Train the best conversion on, and read the curve off the run's log."""
         from moesaic.train.loop import train
         from moesaic.train.telemetry import LOG_NAME, read_log_lines
 
-        source = self.work / best["split"]
+        source, out = self.converted(best["split"]), self.trained
         tokens = tokens or self._affordable(source, seconds)
         config = self._training_config(tokens)
         note(f"training the {best['split']} split on, {tokens:,} tokens")
-        with _share_of(self.bar, "training", _TRAIN):
+        with reporting(_Forward(current(), self.renamed, self.bar, "training", _TRAIN)):
             train(config, model=source, out=out)
+        shutil.rmtree(out / "cache", ignore_errors=True)  # tokens: quickly made again
         lines = read_log_lines(out / LOG_NAME)
         held_out = [
             {"tokens": line["tokens"], "loss": line["loss"]}
@@ -216,14 +229,14 @@ class _Run:
             "held_out": [{"tokens": 0, "loss": best["domains"]["converted"]}, *held_out],
         }
         self.results["trained_tokens"] = held_out[-1]["tokens"]
-        self.results["configs"]["train"] = (out / "train.yaml").read_text(encoding="utf-8")
+        self.results["configs"]["train"] = self.renamed((out / "train.yaml").read_text("utf-8"))
 
-    def compare(self, best: dict[str, Any], trained: Path) -> None:
+    def compare(self, best: dict[str, Any]) -> None:
         """Measure the checkpoint that was written, and let every model write and show its load."""
         from moesaic.measure.load import measure_load
         from moesaic.models.anatomy import anatomy
 
-        converted, moe = _load(self.work / best["split"]), _load(trained)
+        converted, moe = _load(self.converted(best["split"])), _load(self.trained)
         loss = self._loss(moe)
         best["loss_trained"] = loss["mean"]
         best["domains"]["trained"] = loss
@@ -244,6 +257,11 @@ class _Run:
         ]
         self.bar.advance(_REST)
 
+    def name_final_place(self) -> None:
+        """Write the final directory's name where files made on the way name this one."""
+        for file in [*self.folder.rglob(LINEAGE), self.trained / "train.yaml"]:
+            write_text(file, self.renamed(file.read_text("utf-8")))
+
     def _loss(self, model: PreTrainedModel) -> dict[str, float]:
         from moesaic.measure.loss import held_out_loss
 
@@ -253,7 +271,9 @@ class _Run:
         from moesaic.generation import generate
 
         return [
-            generate(model, prompt, tokenizer=self.tokenizer, max_new_tokens=NEW_TOKENS).text
+            generate(
+                model, prompt, tokenizer=self.tokenizer, max_new_tokens=NEW_TOKENS, **SAMPLING
+            ).text
             for prompt in PROMPTS
         ]
 
@@ -273,7 +293,6 @@ class _Run:
                 "train": TRAIN,
                 "valid": VALID,
                 "block_size": CONTEXT,
-                "cache": str(self.work / "tokens"),
             },
             "tokens": tokens,
             "batch": {"sequences": SEQUENCES},
@@ -291,17 +310,23 @@ class _Run:
         }
 
 
-def _check(model: Path, tokens: int | None, seconds: float | None) -> None:
+def _check(
+    model: Path, experts: int, top_k: int, tokens: int | None, seconds: float | None
+) -> None:
+    from moesaic.construct.method import SplitInputs, read_model_config
+
     if tokens is not None and seconds is not None:
         raise UserError("both tokens and seconds were given. Give one of them.")
     if tokens is not None and tokens < SEQUENCES * CONTEXT:
         raise UserError(
             f"tokens={tokens} is less than one update. Give at least {SEQUENCES * CONTEXT}."
         )
-    if seconds is not None and seconds <= 0:
+    if seconds is not None and not 0 < seconds < float("inf"):
         raise UserError(f"seconds={seconds}: give a positive number.")
-    if not (model / "config.json").is_file():
-        raise UserError(f"{model} holds no model. Give a dense LLaMA, or leave --model out.")
+    if not 1 <= top_k <= experts:
+        raise UserError(f"top_k={top_k} with {experts} experts. Give 1 to {experts}.")
+    # Convert would find this too, but only after the dense model was measured.
+    SplitInputs(model, read_model_config(model), experts, 0, TRAIN, 0).check_division()
 
 
 def _load(path: Path) -> PreTrainedModel:
@@ -329,57 +354,43 @@ def _training_speed(model: PreTrainedModel) -> float:
     return ids_BT.numel() / min(times[1:])  # the first one also warms up
 
 
-def _name_final_place(partial: Path, final: Path) -> None:
-    """Write the final directory's name where files made on the way name the partial one."""
-    for name in (LINEAGE, "train.yaml"):
-        file = partial / "moe" / name
-        text = file.read_text(encoding="utf-8")
-        write_text(file, text.replace(str(partial), str(final)))
-
-
-@contextmanager
-def _share_of(bar: Bar, what: str, share: float) -> Iterator[None]:
-    """Let the progress called `what` inside the block also advance `bar`, by `share` in all."""
-
-    class Forward:
-        def __init__(self, reporter: Reporter) -> None:
-            self._reporter = reporter
-
-        def note(self, text: str) -> None:
-            self._reporter.note(text)
-
-        @contextmanager
-        def progress(self, name: str, total: float | None) -> Iterator[Bar]:
-            with self._reporter.progress(name, total) as inner:
-                yield _Both(inner, bar, share / total) if name == what and total else inner
-
-    with reporting(Forward(current())):
-        yield
-
-
 @dataclass(frozen=True)
+class _Forward:
+    """A reporter that passes everything on, and moves `bar` with the progress called `what`."""
+
+    reporter: Reporter
+    rewrite: Callable[[str], str]
+    bar: Bar
+    what: str
+    share: float
+    """How far `bar` moves in all."""
+
+    def note(self, text: str) -> None:
+        self.reporter.note(self.rewrite(text))
+
+    @contextmanager
+    def progress(self, what: str, total: float | None) -> Iterator[Bar]:
+        with self.reporter.progress(what, total) as inner:
+            mine = what == self.what and total
+            yield _Both(inner, self.bar, self.share / total) if mine and total else inner
+
+
+@dataclass
 class _Both:
+    """An inner bar that moves an outer one with it, in whole points."""
+
     inner: Bar
     outer: Bar
     scale: float
+    owed: float = 0.0
 
     def advance(self, steps: float = 1, **fields: object) -> None:
         self.inner.advance(steps, **fields)
-        self.outer.advance(steps * self.scale)
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Silence transformers' own progress bars: they would draw over ours."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+        self.owed += steps * self.scale
+        points = int(self.owed + 1e-9)
+        if points:
+            self.outer.advance(points)
+            self.owed -= points
 
 
 def _machine() -> str:

@@ -83,7 +83,7 @@ def curves(
         axes.margins(x=0.01)
         _thousands(axes)
         if len(series) + len(levels or {}) > 1:
-            axes.legend(loc="upper right", fontsize=9)
+            axes.legend(loc="best", fontsize=9)
     return figure
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from itertools import islice
 from pathlib import Path
 
 import pytest
+import yaml
 
+from moesaic.data import open_domains
 from moesaic.demo import run
 from tests.helpers import assert_user_error, run_cli
 
@@ -47,16 +50,25 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(dense: Path, tmp_path_factory: pytest.TempPathFactory):
-    """One demo through the command line: (directory, printed object, notes)."""
+    """One demo through the command line on some of the library: (directory, object, stderr)."""
+    text = {}
+    for split in ("train", "valid"):
+        text[split] = tmp_path_factory.mktemp(split)
+        for name, source in open_domains(f"stdlib@{split}").items():
+            for i, document in enumerate(islice(source.documents(), 12)):
+                (text[split] / name).mkdir(exist_ok=True)
+                (text[split] / name / f"{i}.txt").write_text(document, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "TRAIN", str(text["train"]))
+        patch.setattr(run, "VALID", str(text["valid"]))
         patch.setattr(run, "DOCUMENTS", 3)
         patch.setattr(run, "NEW_TOKENS", 4)
         out = tmp_path_factory.mktemp("demo") / "out"
         result = run_cli(
             *("demo", "-o", out, "--model", dense, "--experts", 4, "--tokens", 3 * 2048, "--json")
         )
-    assert result.exit_code == 0, result
-    return out, result.json, result.stderr
+        assert result.exit_code == 0, result
+        yield out, result.json, result.stderr
 
 
 def test_json_has_the_promised_shape(finished):
@@ -85,12 +97,20 @@ def test_the_best_split_is_trained_and_gets_better(finished):
 
 def test_everything_is_written_and_nothing_else(finished, dense: Path):
     out, printed, _ = finished
-    assert {p.name for p in out.iterdir()} == {"report.html", "results.json", "moe"}
+    assert {p.name for p in out.iterdir()} == {"report.html", "results.json", "moe", "converted"}
     assert [p for p in out.parent.iterdir() if p != out] == [], "no partial directory stays"
     results = json.loads((out / "results.json").read_text())
     assert {key: results[key] for key in KEYS} == printed
-    for text in (file.read_text() for file in out.rglob("*") if file.suffix in {".json", ".yaml"}):
-        assert "partial" not in text, "files name the place they ended up in"
+    for file in out.rglob("*"):
+        if file.suffix in {".json", ".yaml", ".html", ".jsonl"}:
+            assert "partial" not in file.read_text(), f"{file} names the place it was made in"
+    parent = json.loads((out / "moe" / "moesaic.json").read_text())["parent"]
+    (best,) = [m for m in printed["methods"] if m["loss_trained"] is not None]
+    assert Path(parent) == out / "converted" / best["split"]
+    assert (Path(parent) / "config.json").is_file()
+    config = yaml.safe_load((out / "moe" / "train.yaml").read_text())
+    assert config == yaml.safe_load(results["configs"]["train"])
+    assert config["model"] == parent
 
 
 def test_the_checkpoint_is_the_model_that_was_measured(finished):
@@ -154,11 +174,11 @@ def test_what_is_wrong_is_said_before_any_work(dense: Path, tmp_path: Path):
     assert_user_error(result, "both tokens and seconds")
     assert_user_error(run_cli("demo", "-o", out, "--tokens", 5), "tokens=5", "2048")
     assert_user_error(run_cli("demo", "-o", out, "--seconds", 0), "positive")
-    assert_user_error(run_cli("demo", "-o", out, "--model", tmp_path / "no"), "holds no model")
+    assert_user_error(run_cli("demo", "-o", out, "--model", tmp_path / "no"), "config.json")
     result = run_cli("demo", "-o", out, "--model", dense, "--experts", 4, "--top-k", 9)
     assert_user_error(result, "top_k=9", "4 experts")
     result = run_cli("demo", "-o", out, "--model", dense, "--experts", 5)
-    assert_user_error(result, "5")
+    assert_user_error(result, "experts=5", "32 neurons")
     assert [p.name for p in tmp_path.iterdir()] == ["taken"]
 
 
@@ -167,7 +187,7 @@ def test_time_decides_the_tokens_in_whole_updates(monkeypatch: pytest.MonkeyPatc
         def advance(self, *_: object) -> None:
             pass
 
-    worker = run._Run(Path(), Path(), experts=4, top_k=2, seed=0, bar=Nothing())
+    worker = run._Run(Path(), Path(), Path(), experts=4, top_k=2, seed=0, bar=Nothing())
     monkeypatch.setattr(run, "_load", lambda path: None)
     for speed, seconds, tokens in (
         (1000.0, 10.0, 8192),
@@ -180,7 +200,7 @@ def test_time_decides_the_tokens_in_whole_updates(monkeypatch: pytest.MonkeyPatc
 
 
 def test_shares_of_an_inner_bar_move_the_outer_one():
-    from moesaic.core.console import progress
+    from moesaic.core.console import current, progress, reporting
 
     class Count:
         total = 0.0
@@ -189,13 +209,14 @@ def test_shares_of_an_inner_bar_move_the_outer_one():
             self.total += steps
 
     outer = Count()
-    with run._share_of(outer, "training", 55.0):
-        with progress("training", total=4) as bar:
-            bar.advance(1, loss=2.0)
-            bar.advance(2)
+    with reporting(run._Forward(current(), str, outer, "training", 55)):
+        with progress("training", total=30) as bar:
+            for step in range(30):
+                bar.advance(1, loss=2.0)
+                assert outer.total == 55 * (step + 1) // 30, "whole points, never ahead"
         with progress("something else", total=3) as bar:
             bar.advance(3)
-    assert outer.total == pytest.approx(55 * 3 / 4)
+    assert outer.total == 55
 
 
 def test_the_shipped_model_fits_the_package():
