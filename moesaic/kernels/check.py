@@ -84,9 +84,10 @@ def check(
 
 def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:
     """2-norm of the difference over the norm of `exact` (over 1 where `exact` is all zeros)."""
-    got, exact = got.detach(), exact.detach().double()
+    wide = torch.promote_types(exact.dtype, torch.float32)
+    got, exact = got.detach().to(wide), exact.detach().to(wide)
     scale = exact.norm()
-    return float((got.double() - exact).norm() / (scale if scale > 0 else 1.0))
+    return float((got - exact).norm() / (scale if scale > 0 else 1.0))
 
 
 def _widen(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -57,7 +57,7 @@ def experts(
         backend, _ = choose_backend(x_TD, gate_up_EJD, down_EDI)
     if x_TD.shape[0] == 0:
         backend = "loop"
-    out_TD: torch.Tensor = _Experts.apply(  # type: ignore[no-untyped-call]
+    out_TD: torch.Tensor = _Experts.apply(
         x_TD, gate_up_EJD, down_EDI, ids_TK, weights_TK, activation, backend
     )
     return out_TD

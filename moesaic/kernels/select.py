@@ -106,7 +106,7 @@ def _delegate(
     return out_TD
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result
 def _say(text: str) -> None:
     """Say `text` unless it was said before in this process; under torch.compile, while tracing."""
     if text not in _said:

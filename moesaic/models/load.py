@@ -193,10 +193,10 @@ def _quiet(*, bar: bool) -> Iterator[_Report]:
     bars = hub_logging.is_progress_bar_enabled()
     logger.addFilter(report)
     if not bar:
-        hub_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        hub_logging.disable_progress_bar()
     try:
         yield report
     finally:
         logger.removeFilter(report)
         if bars:
-            hub_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+            hub_logging.enable_progress_bar()
