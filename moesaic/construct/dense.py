@@ -77,12 +77,16 @@ class DenseModel:
     def read(self, name: str) -> torch.Tensor:
         """Return one tensor. Raises UserError when it holds NaN or infinite values."""
         tensor = self.checkpoint.read(name)
+        self.check_finite(name, tensor)
+        return tensor
+
+    def check_finite(self, name: str, tensor: torch.Tensor) -> None:
+        """Raise UserError when a tensor of this model holds NaN or infinite values."""
         if not all_finite(tensor):
             raise UserError(
                 f"{self.checkpoint.path}: {name} holds NaN or infinite values. "
                 "Repair or replace the checkpoint."
             )
-        return tensor
 
 
 def open_dense(path: Path | str) -> DenseModel:

@@ -1,18 +1,20 @@
 """The streaming half of a conversion: map a layer, rearrange it, compare it, write it.
 
-Three things go on at once: the disk reads the next layer, this thread rearranges and compares the
-present one, a second thread writes the one before. Two sets of buffers alternate, so a conversion
-holds two rearranged layers in anonymous memory, whatever the size of the model.
+Four things go on at once: one thread reads the next layer, this one rearranges the present one,
+others compare and write it. Two slots of memory alternate, so a conversion holds two layers, as
+read and as rearranged, whatever the size of the model.
 Notation: E experts (shared ones last), D hidden size, F dense neurons, I neurons of one expert.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,8 +22,14 @@ from numpy.typing import NDArray
 
 from moesaic.construct.blueprint import Blueprint
 from moesaic.core.console import track
-from moesaic.measure.exactness import FeedForward, fixed_tokens, is_exact, layer_difference
+from moesaic.measure.exactness import (
+    FeedForward,
+    begin_layer_difference,
+    fixed_tokens,
+    is_exact,
+)
 from moesaic.models.checkpoint import CheckpointWriter
+from moesaic.models.direct import Arena
 
 _SAME_WIDTH = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Rows of down_proj whose columns are picked together: 64 rows of 11008 bf16 stay in a 2 MB cache.
@@ -44,13 +52,15 @@ class Comparison:
         return is_exact(self.difference, self.largest)
 
 
-class _Buffers:
-    """Room for one rearranged layer; each expert's tensors are slices of three flat buffers."""
+class _Slot:
+    """Room for one layer: the dense tensors as read, and the experts as they will be written."""
 
     def __init__(self, neurons: int, hidden: int, dtypes: Sequence[torch.dtype]) -> None:
         self.hidden = hidden
+        self.dense = Arena()
         self._flat = [torch.empty(neurons * hidden, dtype=dtype) for dtype in dtypes]
-        self.written: Future[None] | None = None
+        self.users: list[Callable[[], object]] = []
+        """What still looks at this memory; each is called to wait for it."""
 
     def experts(self, widths: Sequence[int]) -> list[FeedForward]:
         """Empty gate [I, D], up [I, D] and down [D, I] of experts of these widths."""
@@ -64,12 +74,11 @@ class _Buffers:
             start += width
         return made
 
-
-class _Layer(NamedTuple):
-    others: dict[str, torch.Tensor]
-    names: list[tuple[str, str, str]]
-    experts: list[FeedForward]
-    router: dict[str, torch.Tensor]
+    def wait(self) -> None:
+        """Wait until the memory is free; raises what its users met."""
+        for user in self.users:
+            user()
+        self.users = []
 
 
 def write_experts(
@@ -82,52 +91,75 @@ def write_experts(
     disk.
     """
     dense = blueprint.dense
-    layers = range(dense.layers)
+    count = dense.layers
     before, after = dense.outer()
-    worst: Comparison | None = None
-    widths = [[len(i) for i in _every(blueprint, layer)] for layer in layers]
+    widths = [[len(ids) for ids in _every(blueprint, layer)] for layer in range(count)]
     dtypes = [dense.checkpoint.dtype(name) for name in dense.ffn(0)]
-    buffers = [
-        _Buffers(max(map(sum, widths)), dense.hidden, dtypes) for _ in range(min(2, len(layers)))
-    ]
+    slots = [_Slot(max(map(sum, widths)), dense.hidden, dtypes) for _ in range(min(2, count))]
     x_TD = fixed_tokens(dense.hidden)
+    found: list[tuple[float, float]] = []
     with (
+        one_thread_each() as workers,
         CheckpointWriter(directory, blueprint.plan(), max_shard_bytes=max_shard_bytes) as writer,
         ThreadPoolExecutor(1, "write") as writing,
-        ThreadPoolExecutor(1, "read ahead") as reading,
+        ThreadPoolExecutor(1, "read") as reading,
+        ThreadPoolExecutor(workers, "compare", torch.set_num_threads, (1,)) as comparing,
     ):
-        reading.submit(dense.checkpoint.prefetch, _names(blueprint, 0))
+
+        def read(layer: int) -> Future[dict[str, torch.Tensor]]:
+            slot = slots[layer % len(slots)]
+            slot.wait()
+            names = [*dense.ffn(layer), *dense.others(layer)]
+            return reading.submit(dense.checkpoint.fetch, names, slot.dense)
+
+        coming = read(0)
         for name in before:
             writer.write(blueprint.renamed(name), dense.read(name))
-        for layer in track(layers, "converting layers"):
-            if layer + 1 < len(layers):
-                reading.submit(dense.checkpoint.prefetch, _names(blueprint, layer + 1))
-            buffer = buffers[layer % len(buffers)]
-            if buffer.written is not None:
-                buffer.written.result()  # raises what the writing thread met
-            source = tuple(dense.read(name) for name in dense.ffn(layer))
-            experts = buffer.experts(widths[layer])
-            rearrange(source, _every(blueprint, layer), experts)  # type: ignore[arg-type]
-            names = list(blueprint.expert_names(layer))
-            others = {blueprint.renamed(n): dense.read(n) for n in dense.others(layer)}
-            made = _Layer(others, names, experts, blueprint.router_tensors(layer))
-            buffer.written = writing.submit(_write, writer, made)
+        for layer in track(range(count), "converting layers"):
+            tensors = coming.result()
+            slot = slots[layer % len(slots)]
+            for name, tensor in tensors.items():
+                dense.check_finite(name, tensor)
+            gate, up, down = (tensors.pop(name) for name in dense.ffn(layer))
+            experts = slot.experts(widths[layer])
+            rearrange((gate, up, down), _every(blueprint, layer), experts)
+            made = {blueprint.renamed(name): tensor for name, tensor in tensors.items()}
+            for names, parts in zip(blueprint.expert_names(layer), experts, strict=True):
+                made |= dict(zip(names, parts, strict=True))
+            made |= blueprint.router_tensors(layer)
+            slot.users.append(writing.submit(_write, writer, made).result)
             if compare:
-                found = layer_difference(
-                    source,  # type: ignore[arg-type]
+                compared = begin_layer_difference(
+                    (gate, up, down),
                     experts,
                     activation=dense.activation,
                     x_TD=x_TD,
+                    pool=comparing,
+                    workers=workers,
                 )
-                if worst is None or found[0] > worst.difference:
-                    worst = Comparison("layers", *found)
-            dense.checkpoint.release(dense.ffn(layer))
+                slot.users.append(partial(_keep, found, compared))
+            if layer + 1 < count:
+                coming = read(layer + 1)  # waits for the layer before, which had that slot
+        for slot in slots:
+            slot.wait()
         for name in after:
             writer.write(blueprint.renamed(name), dense.read(name))
-        for buffer in buffers:
-            if buffer.written is not None:
-                buffer.written.result()
-    return worst
+    return Comparison("layers", *max(found)) if found else None
+
+
+@contextlib.contextmanager
+def one_thread_each() -> Iterator[int]:
+    """Let every operation run on one thread, for work that is parallel itself; yield the number.
+
+    Operations that split themselves up wait for one another in a busy loop, which on a machine with
+    other work costs several times the work itself.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
 
 
 def rearrange(
@@ -151,16 +183,13 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(_SAME_WIDTH[tensor.dtype.itemsize])
 
 
-def _write(writer: CheckpointWriter, layer: _Layer) -> None:
-    for name, tensor in {**layer.others, **layer.router}.items():
+def _write(writer: CheckpointWriter, tensors: dict[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
         writer.write(name, tensor)
-    for names, tensors in zip(layer.names, layer.experts, strict=True):
-        for name, tensor in zip(names, tensors, strict=True):
-            writer.write(name, tensor)
 
 
-def _names(blueprint: Blueprint, layer: int) -> list[str]:
-    return [*blueprint.dense.ffn(layer), *blueprint.dense.others(layer)]
+def _keep(found: list[tuple[float, float]], compared: Callable[[], tuple[float, float]]) -> None:
+    found.append(compared())
 
 
 def _every(blueprint: Blueprint, layer: int) -> list[NDArray[np.int64]]:

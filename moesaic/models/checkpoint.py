@@ -10,24 +10,23 @@ from __future__ import annotations
 import json
 import math
 import mmap
-import os
 import pickle
 import shutil
 import struct
 import sys
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moesaic.core.errors import UserError
+from moesaic.core.errors import MoesaicError, UserError
+from moesaic.models.direct import Arena, Bytes, DirectReader
 from moesaic.models.writer import DTYPES, CheckpointWriter
 
 __all__ = ["Checkpoint", "CheckpointWriter", "copy_companions"]
 
-_PAGE = mmap.ALLOCATIONGRANULARITY
 # Without it Linux refuses a private mapping larger than RAM; Python before 3.13 does not name it.
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 _MAX_HEADER = 100_000_000
@@ -110,15 +109,20 @@ class Checkpoint:
         """Return one tensor, backed by the mapped file: clone it before changing it in place."""
         return self._file(key).read(key)
 
-    def prefetch(self, keys: Iterable[str]) -> None:
-        """Have these tensors read from disk in the background. Does nothing for .bin files."""
-        for key in keys:
-            self._file(key).advise(key, needed=True)
+    def fetch(self, keys: Sequence[str], arena: Arena) -> dict[str, torch.Tensor]:
+        """Read tensors from disk into `arena`, past the page cache; its next use ends their life.
 
-    def release(self, keys: Iterable[str]) -> None:
-        """Unmap the pages of these tensors; reading them again reads the file again."""
-        for key in keys:
-            self._file(key).advise(key, needed=False)
+        For passing over a large model once: no memory is used but the arena's. Tensors of a .bin
+        are mapped as by `read`.
+        """
+        rooms = [DirectReader.room(self.nbytes(key)) for key in keys]
+        memory = arena.reserve(sum(rooms))
+        found: dict[str, torch.Tensor] = {}
+        start = 0
+        for key, room in zip(keys, rooms, strict=True):
+            found[key] = self._file(key).fetch(key, memory[start : start + room])
+            start += room
+        return found
 
     @property
     def parameters(self) -> int:
@@ -163,7 +167,7 @@ class _Safetensors:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._map: mmap.mmap | None = None
-        self._descriptor = -1
+        self._reader: DirectReader | None = None
         size = path.stat().st_size
         with path.open("rb") as file:
             start = file.read(8)
@@ -213,32 +217,29 @@ class _Safetensors:
             )  # an old file with a header of odd length: torch needs aligned storage
         return raw.view(dtype).reshape(shape)
 
-    def advise(self, key: str, *, needed: bool) -> None:
-        *_, begin, end = self._entries[key]
-        start = (self._base + begin) // _PAGE * _PAGE
-        length = self._base + end - start
-        mapped = self._mapped()
-        if needed and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._descriptor, start, length, os.POSIX_FADV_WILLNEED)
-        elif not needed and hasattr(mmap, "MADV_DONTNEED"):
-            mapped.madvise(mmap.MADV_DONTNEED, start, length)
+    def fetch(self, key: str, into: Bytes) -> torch.Tensor:
+        dtype, shape, begin, end = self._entries[key]
+        if self._reader is None:
+            self._reader = DirectReader(self.path)
+        try:
+            raw = torch.from_numpy(self._reader.read(self._base + begin, end - begin, into))
+        except OSError as error:
+            raise MoesaicError(f"{self.path} could not be read: {error.strerror}.") from error
+        if (self._base + begin) % dtype.itemsize:
+            raw = raw.clone()
+        return raw.view(dtype).reshape(shape)
 
     def _mapped(self) -> mmap.mmap:
         if self._map is None:
             # Private and writable: torch takes it without a warning; nothing reaches the file.
             with self.path.open("rb") as file:
-                self._descriptor = os.dup(file.fileno())
-            self._map = mmap.mmap(
-                self._descriptor,
-                0,
-                flags=mmap.MAP_PRIVATE | _NORESERVE,
-                prot=mmap.PROT_READ | mmap.PROT_WRITE,
-            )
+                self._map = mmap.mmap(
+                    file.fileno(),
+                    0,
+                    flags=mmap.MAP_PRIVATE | _NORESERVE,
+                    prot=mmap.PROT_READ | mmap.PROT_WRITE,
+                )
         return self._map
-
-    def __del__(self) -> None:
-        if getattr(self, "_descriptor", -1) >= 0:
-            os.close(self._descriptor)
 
 
 class _Pickled:
@@ -280,8 +281,9 @@ class _Pickled:
     def read(self, key: str) -> torch.Tensor:
         return self._tensors[key].detach()
 
-    def advise(self, key: str, *, needed: bool) -> None:
-        del key, needed
+    def fetch(self, key: str, into: Bytes) -> torch.Tensor:
+        del into
+        return self.read(key)
 
 
 _WeightFile = _Safetensors | _Pickled

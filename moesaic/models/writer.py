@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import struct
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from moesaic.core.errors import MoesaicError
+from moesaic.models.direct import BLOCK, DirectWriter
 
 DTYPES = {
     "F64": torch.float64,
@@ -41,6 +42,13 @@ Planned = tuple[str, torch.dtype, Sequence[int]]
 """Name, type and shape of a tensor that will be written."""
 
 
+class _Place(NamedTuple):
+    shard: int
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
 class CheckpointWriter:
     """Write a checkpoint's tensors into safetensors shards, in any order, keeping none of them.
 
@@ -49,8 +57,9 @@ class CheckpointWriter:
         plan: (name, dtype, shape) of every tensor that will be written.
         max_shard_bytes: a new shard starts where the next tensor would pass this size.
 
-    Use as a context manager: leaving it without an error checks that every planned tensor was
-    written, waits for the disk and closes the files. Raises MoesaicError when the disk is full.
+    A shard is on disk when its last tensor was written. Use as a context manager: leaving it
+    without an error checks that every planned tensor was written. Raises MoesaicError when the
+    disk is full.
     """
 
     def __init__(
@@ -61,8 +70,9 @@ class CheckpointWriter:
         max_shard_bytes: int = 5_000_000_000,
     ) -> None:
         self.directory = Path(directory)
-        self._places: dict[str, tuple[int, int, torch.dtype, tuple[int, ...]]] = {}
-        self._descriptors: list[int] = []
+        self._places: dict[str, _Place] = {}
+        self._files: dict[int, DirectWriter] = {}
+        self._left: dict[int, set[str]] = {}
         self._missing = {name for name, _, _ in plan}
         if len(self._missing) != len(plan):
             raise ValueError("a tensor name is planned twice")
@@ -76,7 +86,6 @@ class CheckpointWriter:
                 "elsewhere."
             )
         self._lock = threading.Lock()
-        self._flusher = _Flusher()
         weight_map: dict[str, str] = {}
         try:
             for number, shard in enumerate(shards):
@@ -84,46 +93,48 @@ class CheckpointWriter:
                 self._start_shard(number, name, shard)
                 weight_map.update({tensor: name for tensor, _, _ in shard})
             if len(shards) > 1:
-                metadata = {
-                    "total_size": self.total_bytes,
-                    "total_parameters": sum(math.prod(s) for _, _, s in plan),
-                }
+                parameters = sum(math.prod(shape) for _, _, shape in plan)
+                metadata = {"total_size": self.total_bytes, "total_parameters": parameters}
                 index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
-                (self.directory / "model.safetensors.index.json").write_text(
-                    json.dumps(index, indent=2) + "\n"
-                )
+                text = json.dumps(index, indent=2) + "\n"
+                (self.directory / "model.safetensors.index.json").write_text(text)
         except OSError as error:
             self._close_files()
             raise _failed(error, self.directory) from error
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write one planned tensor. Thread-safe. Raises MoesaicError when the disk refuses."""
-        number, offset, dtype, shape = self._places[name]
-        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+        place = self._places[name]
+        if tuple(tensor.shape) != place.shape or tensor.dtype != place.dtype:
             raise ValueError(
-                f"{name}: planned {dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}"
+                f"{name}: planned {place.dtype} {place.shape}, got {tensor.dtype} "
+                f"{tuple(tensor.shape)}"
             )
-        flat: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        data = memoryview(flat)
-        try:
-            _write_at(self._descriptors[number], data, offset)
-            self._flusher.wrote(self._descriptors[number], len(data))
-        except OSError as error:
-            raise _failed(error, self.directory) from error
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         with self._lock:
-            self._missing.discard(name)
+            try:
+                self._files[place.shard].write(place.offset, data)
+                self._missing.discard(name)
+                self._left[place.shard].discard(name)
+                if not self._left[place.shard]:
+                    file = self._files.pop(place.shard)
+                    try:
+                        file.sync()
+                    finally:
+                        file.close()
+            except OSError as error:
+                raise _failed(error, self.directory) from error
 
     def close(self) -> None:
-        """Wait until everything is on disk. ValueError when a planned tensor is missing."""
+        """Close the files. Raises ValueError when a planned tensor was never written."""
         try:
             if self._missing:
                 raise ValueError(
                     f"{len(self._missing)} planned tensors were not written, such as "
                     f"{min(self._missing)}"
                 )
-            self._flusher.finish()
-            for descriptor in self._descriptors:
-                os.fsync(descriptor)
+            for file in self._files.values():
+                file.sync()
         except OSError as error:
             raise _failed(error, self.directory) from error
         finally:
@@ -145,87 +156,31 @@ class CheckpointWriter:
 
     def _start_shard(self, number: int, name: str, shard: list[Planned]) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        places: list[tuple[str, int, torch.dtype, tuple[int, ...]]] = []
+        positions: list[int] = []
         position = 0
         # Wide types first: then every tensor starts at a multiple of its item size.
-        for tensor, dtype, shape in sorted(shard, key=lambda item: -item[1].itemsize):
+        ordered = sorted(shard, key=lambda item: -item[1].itemsize)
+        for tensor, dtype, shape in ordered:
             end = position + _size((tensor, dtype, shape))
-            header[tensor] = {
-                "dtype": _NAMES[dtype],
-                "shape": list(shape),
-                "data_offsets": [position, end],
-            }
-            places.append((tensor, position, dtype, tuple(shape)))
+            offsets = [position, end]
+            header[tensor] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": offsets}
+            positions.append(position)
             position = end
         text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        descriptor = os.open(self.directory / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-        self._descriptors.append(descriptor)
-        _write_at(descriptor, memoryview(struct.pack("<Q", len(text)) + text), 0)
-        os.ftruncate(descriptor, 8 + len(text) + position)
-        for tensor, start, dtype, shape in places:
-            self._places[tensor] = (number, 8 + len(text) + start, dtype, shape)
+        # Spaces up to a whole block: tensors whose size is one, too, then start at one.
+        text += b" " * (-(len(text) + 8) % BLOCK)
+        start = 8 + len(text)
+        file = DirectWriter(self.directory / name, start + position)
+        self._files[number] = file
+        file.write(0, np.frombuffer(struct.pack("<Q", len(text)) + text, np.uint8))
+        self._left[number] = {tensor for tensor, _, _ in ordered}
+        for (tensor, dtype, shape), offset in zip(ordered, positions, strict=True):
+            self._places[tensor] = _Place(number, start + offset, dtype, tuple(shape))
 
     def _close_files(self) -> None:
-        self._flusher.stop()
-        for descriptor in self._descriptors:
-            os.close(descriptor)
-        self._descriptors = []
-
-
-class _Flusher:
-    """Push written data to the disk while the rest is made, so that the last sync is short."""
-
-    STEP = 256_000_000
-
-    def __init__(self) -> None:
-        self._pending: dict[int, int] = {}
-        self._stopping = False
-        self._error: OSError | None = None
-        self._condition = threading.Condition()
-        self._thread: threading.Thread | None = None
-
-    def wrote(self, descriptor: int, count: int) -> None:
-        with self._condition:
-            if self._error:
-                raise self._error
-            self._pending[descriptor] = self._pending.get(descriptor, 0) + count
-            if self._full():
-                if self._thread is None:
-                    self._thread = threading.Thread(target=self._run, name="flush", daemon=True)
-                    self._thread.start()
-                self._condition.notify()
-
-    def stop(self) -> None:
-        with self._condition:
-            self._stopping = True
-            self._condition.notify()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-
-    def finish(self) -> None:
-        self.stop()
-        if self._error:
-            raise self._error
-
-    def _full(self) -> bool:
-        return sum(self._pending.values()) >= self.STEP
-
-    def _run(self) -> None:
-        while True:
-            with self._condition:
-                self._condition.wait_for(lambda: self._stopping or self._full())
-                if self._stopping:
-                    return
-                batch, self._pending = list(self._pending), {}
-            try:
-                for descriptor in batch:
-                    os.fsync(descriptor)
-            except OSError as error:
-                with self._condition:
-                    self._error = error
-                return
+        for file in self._files.values():
+            file.close()
+        self._files = {}
 
 
 def _divide(plan: Sequence[Planned], limit: int) -> list[list[Planned]]:
@@ -248,12 +203,6 @@ def _shard_name(number: int, count: int) -> str:
     return (
         "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
     )
-
-
-def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
-    while data:
-        done = os.pwrite(descriptor, data[: 1 << 30], offset)  # Linux writes at most 2 GiB a call
-        data, offset = data[done:], offset + done
 
 
 def _failed(error: OSError, directory: Path) -> MoesaicError:

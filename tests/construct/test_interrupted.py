@@ -78,7 +78,7 @@ def run(dense: Path, out: Path) -> Result:
 def test_a_disk_that_fills_up_while_writing(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, left = os.pwrite, [200]
+    write, left = os.pwrite, [1]
 
     def fills_up(descriptor: int, data: memoryview, offset: int) -> int:
         left[0] -= 1
