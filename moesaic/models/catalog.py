@@ -86,6 +86,9 @@ def find(model: str | Path, **options: Any) -> Source:
             f"{name} does not exist.{nearest(name, aliases())} Give a model directory, a hub id "
             f"(organisation/name) or an alias ({', '.join(sorted(catalog()))})."
         )
+    if name == hub and Path(hub.split("/")[0]).exists():
+        # runs/typo where runs/ is here: likely a wrong path, so no minute is lost on the network
+        options["local_files_only"] = True
     return Source(name, hub, None, _fetch_config(name, hub, options))
 
 
@@ -141,8 +144,7 @@ def _hub_id(model: str | Path) -> str | None:
     parts = str(model).split("/")
     if isinstance(model, Path) or len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
         return None
-    # runs/typo in a place that has a directory runs/ is a wrong path, not a hub id
-    return None if Path(parts[0]).exists() else str(model)
+    return str(model)
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from moesaic.core.errors import UserError
 from moesaic.models.catalog import aliases, catalog, caveat, find, refusal
 from tests.helpers import SHARED
 from tests.models import tiny
-from tests.models.golden import FAMILIES, family
+from tests.models.golden import FAMILIES, V1, family
 
 RELEASED = FAMILIES / "llama_moe"
 
@@ -175,7 +175,7 @@ def test_damaged_directories_are_one_line_errors(released, damage, words):
         ("mixtrl", "Did you mean 'mixtral'?"),
         ("/nowhere/at/all", "does not exist"),
         ("a/b/c", "does not exist"),
-        ("tests/no-such-model", "does not exist"),  # tests/ is here, so this is no hub id
+        ("tests/no-such-model", "no local directory"),  # tests/ is here: not asked for on the hub
         (Path("mistralai/Mixtral"), "does not exist"),  # a Path is never looked for on the hub
         ("llamamoe2s", "not public"),
         ("organisation/name", "from the hub"),
@@ -250,6 +250,25 @@ def test_a_caveat_is_said(tmp_path):
         moesaic.load(tmp_path)
     assert any("capacity" in text for text in said)
     assert caveat({"model_type": "mixtral"}) is None
+
+
+def test_our_kernels_are_really_called_after_a_dense_model(mixtral, tmp_path, monkeypatch):
+    """transformers remembers for a class, and its heirs, that it has no experts to replace."""
+    from moesaic.kernels import grouped
+
+    tiny.dense().save_pretrained(tmp_path)
+    moesaic.load(tmp_path)
+    calls = []
+    ours = grouped.experts
+    monkeypatch.setattr(grouped, "experts", lambda *a, **k: (calls.append(1), ours(*a, **k))[1])
+    for directory in (RELEASED, FAMILIES / "llama_moe_uneven", V1 / "moe_sharing_inter", mixtral):
+        calls.clear()
+        moesaic.load(directory, dtype=torch.float32)(input_ids=tiny.ids())
+        assert len(calls) >= 2, directory  # two layers
+        calls.clear()
+        model = moesaic.load(directory, dtype=torch.float32, experts_implementation="eager")
+        model(input_ids=tiny.ids())
+        assert not calls, directory
 
 
 def test_a_class_name_with_other_capitals_is_found(mixtral, tmp_path):
