@@ -89,10 +89,13 @@ def prepare(args: argparse.Namespace) -> None:
             if out.is_dir():
                 continue
             started = time.monotonic()
+            scores = args.work / "splits" / f"gradient-{seed}" / "scores.safetensors"
+            # Scoring neurons is most of the work and the same for the three splits that use it.
+            reuse = name.startswith("sharing") and scores.is_file()
             make_split(
                 args.model,
                 out=out,
-                method=method,
+                method=method | ({"scores": str(scores)} if reuse else {}),
                 experts=EXPERTS,
                 shared=shared,
                 data=data(args.data, "train"),
@@ -256,9 +259,9 @@ def render(rows: list[dict[str, Any]], shared: dict[str, Any]) -> str:
         "",
         f"dense-14m (8 layers, FFN 1024) into {EXPERTS} experts; held-out loss in nats a token, "
         f"mean of {len(DOMAINS)} domains, one document a row, context 512. "
-        f"Training: AdamW, peak rate {shared['lr']:g}, {shared['warmup_share']:.0%} warm-up, cosine "
-        f"to 10 %, {shared['sequences']} x {shared['block_size']} tokens an update, domains in equal "
-        "parts; every row sees the same tokens in the same order. "
+        f"Training: AdamW, peak rate {shared['lr']:g}, {shared['warmup_share']:.0%} warm-up, "
+        f"cosine to 10 %, {shared['sequences']} x {shared['block_size']} tokens an update, domains "
+        "in equal parts; every row sees the same tokens in the same order. "
         f"Seeds: {', '.join(map(str, seeds))}"
         + (" (mean ± half the range)." if len(seeds) > 1 else "."),
         "",
