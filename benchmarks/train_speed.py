@@ -1,0 +1,135 @@
+"""Where the time of an update goes: host or device, eager or compiled, with or without data.
+
+    python benchmarks/train_speed.py llama-4m --sequences 128 --block 512
+
+Prints, for each way, milliseconds an update (wall), milliseconds that kernels ran (profiler; when
+this is much less than wall, the host is the limit), tokens/s and MFU from active parameters. The
+row `+ data thread` adds blocks drawn by the thread that `moesaic train` uses, from random ids.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moesaic.construct.scratch import init
+from moesaic.data import MixtureStream, TokenDomain
+from moesaic.models.anatomy import anatomy
+from moesaic.models.load import load
+from moesaic.train.batches import prefetch
+from moesaic.train.config import OptimizerConfig
+from moesaic.train.optimizer import Optimizer
+from moesaic.train.step import build_pass, run_update
+from moesaic.train.telemetry import peak_flops
+
+
+def sync(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def time_updates(update: Callable[[], Any], device: torch.device, count: int) -> float:
+    """Return wall milliseconds an update, after warming up."""
+    for _ in range(3):
+        update()
+    sync(device)
+    started = time.perf_counter()
+    for _ in range(count):
+        update()
+    sync(device)
+    return 1e3 * (time.perf_counter() - started) / count
+
+
+def busy(update: Callable[[], Any], device: torch.device, count: int) -> float | None:
+    """Return milliseconds an update in which a kernel ran, or None on a CPU."""
+    if device.type != "cuda":
+        return None
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(count):
+            update()
+        sync(device)
+    total = sum(event.self_device_time_total for event in profile.key_averages())
+    return float(total) / 1e3 / count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("model", help="a preset of moesaic init, or a model directory")
+    parser.add_argument("--sequences", type=int, default=128)
+    parser.add_argument("--block", type=int, default=512)
+    parser.add_argument("--updates", type=int, default=20)
+    parser.add_argument("--precision", choices=["fp32", "mixed", "bf16"], default="mixed")
+    parser.add_argument("--eager-only", action="store_true")
+    args = parser.parse_args()
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(args.model)
+        if not path.is_dir():
+            path = init(args.model, out=Path(folder) / "model")
+        dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+        model: Any = load(path, dtype=dtype).to(device).train()
+    counts = anatomy(model)
+    tokens = args.sequences * args.block
+    peak = peak_flops(device, None)
+    print(
+        f"{args.model}: {counts.params_total:,} parameters, {counts.params_active:,} active; "
+        f"{tokens:,} tokens an update; {args.precision} on {device}"
+    )
+    optimizer = Optimizer(model, OptimizerConfig(lr=1e-4))
+    mixed = args.precision == "mixed"
+    autocast = torch.autocast(device.type, torch.bfloat16) if mixed else None
+    vocabulary = model.config.vocab_size
+    ids_ABT = torch.randint(0, vocabulary, (1, args.sequences, args.block), device=device)
+    generator = np.random.default_rng(0)
+    documents = [generator.integers(0, vocabulary, 4000) for _ in range(400)]
+    domain = TokenDomain.from_documents("random", documents, bos=1, eos=0)
+
+    for name in ["eager"] if args.eager_only else ["eager", "compiled"]:
+        run_pass = build_pass(model)
+        if name == "compiled":
+            run_pass = torch.compile(run_pass)
+
+        def fixed(run_pass: Any = run_pass) -> None:
+            run_update(run_pass, optimizer, ids_ABT, autocast=autocast)
+
+        stream = MixtureStream({"random": domain}, block=args.block)
+        source = prefetch(
+            stream,
+            updates=10**9,
+            accumulation=1,
+            size=args.sequences,
+            length=args.block,
+            pin=device.type == "cuda",
+        )
+
+        def drawn(run_pass: Any = run_pass, source: Any = source) -> None:
+            ids = next(source).ids_ABT.to(device, non_blocking=True)
+            run_update(run_pass, optimizer, ids, autocast=autocast)
+
+        for label, update in ((name, fixed), (f"{name} + data thread", drawn)):
+            wall = time_updates(update, device, args.updates)
+            kernels = busy(update, device, args.updates)
+            speed = 1e3 * tokens / wall
+            mfu = "n/a" if peak is None else f"{6 * counts.params_active * speed / peak:.2%}"
+            ran = "n/a" if kernels is None else f"{kernels:.2f}"
+            print(
+                f"{label:24} {wall:9.2f} ms wall {ran:>8} ms kernels {speed:12,.0f} tokens/s "
+                f"MFU {mfu}",
+                flush=True,
+            )
+        source.close()
+
+
+if __name__ == "__main__":
+    main()
