@@ -1,5 +1,6 @@
 # make demo     set up, then the whole way from a dense LLaMA to a trained mixture of experts
 # make test     set up, then lint, types and the CPU test suite
+# make docs     docs/commands.md from the help texts
 # make install  .venv with the pinned dependencies and this package, editable
 #               TORCH_INDEX=URL takes torch from another package index (see the README)
 #               PYTHON=python3.12 picks the interpreter
@@ -25,6 +26,9 @@ lint: install
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check -q .
 	@$(BIN)/mypy
+
+docs: install
+	@$(BIN)/python docs/make_commands.py
 
 install: $(STAMP)
 

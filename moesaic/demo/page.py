@@ -155,23 +155,30 @@ def _construction(section: Section, results: Results) -> None:
 
 
 def _training(section: Section, results: Results) -> None:
-    training, best = results["training"], best_method(results)
+    best = best_method(results)
     section.text(
         f"The mixture that lost least ({best['split']}) is trained on: only part of its "
         "parameters work on each token now, and its router begins from random weights or close "
         "to it. The balance loss keeps the router from sending every token to the same few experts."
     )
+    section.figure(
+        training_figure(results),
+        caption="Loss while training, with noise on the router for the training text and without "
+        "for the held-out text. A faint line is each step, the strong one a running mean.",
+    )
+
+
+def training_figure(results: Results) -> Any:
+    """Loss over tokens: the training text's, the held-out text's, and the dense model's."""
+    training = results["training"]
     every = [(line["tokens"], line["loss"]) for line in training["log"]]
     held_out = [(line["tokens"], line["loss"]["mean"]) for line in training["held_out"]]
-    section.figure(
-        plots.curves(
-            {"training text": every, "held-out text": held_out},
-            x_label="tokens trained on",
-            y_label="loss, nats a token",
-            levels={"dense model, held-out": results["dense"]["loss"]["mean"]},
-            smooth=max(1, len(every) // 20),
-        ),
-        caption="Loss while training. The faint line is each step, the strong one a running mean.",
+    return plots.curves(
+        {"training text": every, "held-out text": held_out},
+        x_label="tokens trained on",
+        y_label="loss, nats a token",
+        levels={"dense model, held-out": results["dense"]["loss"]["mean"]},
+        smooth=max(1, len(every) // 20),
     )
 
 
