@@ -102,6 +102,8 @@ def build(
     """Do what `init` does and return the figures too."""
     import torch
 
+    from moesaic.models.save import save
+
     wanted = preset if isinstance(preset, InitConfig) else read_preset(preset, overrides=overrides)
     if seed is not None:
         wanted = wanted.model_copy(update={"seed": seed})
@@ -113,7 +115,7 @@ def build(
     with _seeded(wanted.seed):
         model = _construct(config, getattr(torch, wanted.dtype))
     with output_directory(path) as partial:
-        model.save_pretrained(partial)
+        save(model, partial)
         for file in files:
             shutil.copyfile(file, partial / file.name)
         total, active = parameters(model)

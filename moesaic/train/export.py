@@ -18,6 +18,7 @@ from moesaic.core.errors import MoesaicError
 from moesaic.core.files import make_readable
 from moesaic.core.lineage import FILE_NAME as LINEAGE
 from moesaic.core.lineage import read_lineage, write_lineage
+from moesaic.models.save import save
 from moesaic.train import state
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def _write(run: Run, partial: Path) -> None:
         dtype = _dtype(run)
         # In place: the run is over and its fp32 state is saved, so no second copy is held.
         model: Any = run.model
-        model.to(dtype).save_pretrained(partial)
+        save(model.to(dtype), partial)
         if run.tokenizer is not None:
             run.tokenizer.save_pretrained(partial)
         write_lineage(

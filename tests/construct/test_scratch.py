@@ -145,3 +145,16 @@ def test_command_line(tmp_path):
     bad = write(tmp_path / "bad2.yaml", "model_type: bert\nconfigs: {}\n")
     assert_user_error(run_cli("init", bad, "-o", tmp_path / "x"), "did you mean 'config'")
     assert not (tmp_path / "x").exists()
+
+
+def test_saving_shows_no_bar_and_others_may_read(tmp_path, capfd):
+    import os
+    import stat
+
+    mask = os.umask(0o022)
+    try:
+        init(InitConfig(model_type="llama", config=TINY), out=tmp_path / "a")
+    finally:
+        os.umask(mask)
+    assert stat.S_IMODE((tmp_path / "a" / "model.safetensors").stat().st_mode) == 0o644
+    assert capfd.readouterr().err == ""
