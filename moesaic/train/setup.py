@@ -73,8 +73,17 @@ def load_model(config: TrainConfig, where: torch.device, how: Precision) -> PreT
     model: Any = load(_given(config), dtype=dtype, **options)
     _check_length(config, model)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model.to(where)  # type: ignore[no-any-return]  # transformers leaves `to` untyped
+        recompute_activations(model)
+    return model.to(where)
+
+
+def recompute_activations(model: Any) -> None:
+    """Turn activation checkpointing on, under its new name where transformers has it (5.23)."""
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 def empty_model(config: TrainConfig) -> PreTrainedModel:

@@ -137,7 +137,7 @@ def accumulate(
             _add(routing, "load", found.load_LE)
         if found.importance_LE is not None:
             _add(routing, "importance", found.importance_LE)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
     return UpdateResult(values, routing)
 
 

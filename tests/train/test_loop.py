@@ -300,3 +300,18 @@ def test_master_weights_run_resumes_too(settings, tmp_path, monkeypatch):
             train(config, out=tmp_path / "run")
     assert course(train(config, out=tmp_path / "run")) == course(straight)
     assert {t.dtype for t in weights(straight).values()} == {torch.bfloat16}
+
+
+def test_the_package_is_the_function_of_the_public_api(settings, tmp_path):
+    import moesaic
+
+    assert moesaic.train(settings(steps=2), out=tmp_path / "a") == tmp_path / "a"
+    assert moesaic.train.loop.train is train
+    assert moesaic.init("llama-4m", out=tmp_path / "m") == tmp_path / "m"
+
+
+def test_checkpointed_activations_give_the_same_run(settings, tmp_path):
+    plain = train(settings(steps=4), out=tmp_path / "plain")
+    saving = train(settings(steps=4, gradient_checkpointing=True), out=tmp_path / "saving")
+    a, b = ([line["loss"] for line in log(path)] for path in (plain, saving))
+    assert b == pytest.approx(a, rel=1e-5)
