@@ -17,7 +17,7 @@ STAMP := .venv/.installed
 OUT ?= runs/demo
 
 demo: install
-	@$(BIN)/moesaic demo -o $(OUT)
+	@$(BIN)/moesaic demo -o $(OUT) --overwrite
 
 test: install lint
 	@OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -m "not slow and not gpu"

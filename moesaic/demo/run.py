@@ -51,6 +51,7 @@ PROMPTS = (
     "Return the number of ",
     "The value of the expression is ",
 )
+OUTPUTS = {"report.html", "results.json", "moe", "converted"}
 CONTEXT = 256
 DOCUMENTS = 48
 """Held-out documents a domain; the first CONTEXT tokens of each are scored."""
@@ -84,10 +85,11 @@ def demo(
     many as this machine manages in `seconds`, which is measured first; by default the smaller of
     MOST_TOKENS and SECONDS' worth.
 
-    Raises UserError for an `out` that is taken, a model that cannot be split as asked, or both
-    `tokens` and `seconds`.
+    Raises UserError for an `out` that is taken (with `overwrite`: by anything but an earlier demo),
+    a model that cannot be split as asked, or both `tokens` and `seconds`.
     """
     started = time.monotonic()
+    overwrite = overwrite and _is_demo(out)
     out = check_output(out, overwrite=overwrite)
     _check(model, experts, top_k, tokens, seconds)
     total = _DENSE + _SPLIT * len(SPLITS) + _TRAIN + _REST
@@ -327,6 +329,12 @@ def _check(
         raise UserError(f"top_k={top_k} with {experts} experts. Give 1 to {experts}.")
     # Convert would find this too, but only after the dense model was measured.
     SplitInputs(model, read_model_config(model), experts, 0, TRAIN, 0).check_division()
+
+
+def _is_demo(path: Path) -> bool:
+    """Whether a directory holds an earlier demo and nothing of anybody else's."""
+    names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+    return "results.json" in names and names <= OUTPUTS
 
 
 def _load(path: Path) -> PreTrainedModel:

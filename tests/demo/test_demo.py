@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from moesaic.core.errors import UserError
 from moesaic.data import open_domains
 from moesaic.demo import run
 from tests.helpers import assert_user_error, run_cli
@@ -162,6 +163,28 @@ def test_nothing_is_left_when_it_stops_halfway(
     with pytest.raises(error):
         run.demo(tmp_path / "out", model=dense)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_only_an_earlier_demo_is_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class ReachedError(Exception):
+        pass
+
+    def reached(self: object) -> None:
+        raise ReachedError
+
+    monkeypatch.setattr(run._Run, "measure_dense", reached)
+    monkeypatch.setattr(run, "_check", lambda *_: None)
+    earlier = tmp_path / "earlier"
+    (earlier / "moe").mkdir(parents=True)
+    (earlier / "results.json").write_text("{}")
+    with pytest.raises(UserError, match="not empty"):
+        run.demo(earlier)
+    with pytest.raises(ReachedError):
+        run.demo(earlier, overwrite=True)
+    assert (earlier / "results.json").is_file(), "kept, since the new demo did not finish"
+    (earlier / "thesis.tex").write_text("mine")
+    with pytest.raises(UserError, match="not empty"):
+        run.demo(earlier, overwrite=True)
 
 
 def test_what_is_wrong_is_said_before_any_work(dense: Path, tmp_path: Path):

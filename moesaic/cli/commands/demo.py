@@ -26,6 +26,9 @@ def command(
     model: Annotated[
         Path | None, typer.Option(hidden=True, help="Another dense LLaMA than the one shipped.")
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier demo in the output directory.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Go the whole way from a dense LLaMA to a trained mixture of experts, in under three minutes.
@@ -47,6 +50,7 @@ def command(
         tokens=tokens,
         seconds=seconds,
         seed=seed,
+        overwrite=overwrite,
     )
     kept = ("dense", "methods", "trained_tokens", "seconds", "report", "checkpoint")
     emit(
