@@ -124,6 +124,11 @@ class Checkpoint:
             start += room
         return found
 
+    def release(self, keys: Iterable[str]) -> None:
+        """Let go of the pages that `read` mapped; reading again reads the file again."""
+        for key in keys:
+            self._file(key).release(key)
+
     @property
     def parameters(self) -> int:
         """Number of weights; a tied output matrix counts once, rotary tables do not count."""
@@ -229,6 +234,12 @@ class _Safetensors:
             raw = raw.clone()
         return raw.view(dtype).reshape(shape)
 
+    def release(self, key: str) -> None:
+        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
+            *_, begin, end = self._entries[key]
+            start = (self._base + begin) // mmap.PAGESIZE * mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_DONTNEED, start, self._base + end - start)
+
     def _mapped(self) -> mmap.mmap:
         if self._map is None:
             # Private and writable: torch takes it without a warning; nothing reaches the file.
@@ -284,6 +295,9 @@ class _Pickled:
     def fetch(self, key: str, into: Bytes) -> torch.Tensor:
         del into
         return self.read(key)
+
+    def release(self, key: str) -> None:
+        del key  # torch has mapped the file; the system drops the pages when it needs room
 
 
 _WeightFile = _Safetensors | _Pickled
