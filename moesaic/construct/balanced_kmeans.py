@@ -3,17 +3,18 @@
 With E clusters of M = N/E rows and cluster sums S_e of the rows about their mean, the sum of
 squares within clusters is a constant minus sum_e |S_e|^2 / M, so only the sums matter:
 
-1. Rows are projected on their leading principal directions (a randomised subspace iteration), where
-   a step costs a thirtieth of what it costs on rows of 4096 numbers.
+1. Rows are projected on their leading principal directions (`Points.sketch`), where a step costs a
+   thirtieth of what it costs on rows of 4096 numbers.
 2. There, from a random start, pairs of clusters exchange rows (`exchange`: a step of Lloyd's
    algorithm that keeps the sizes). Then pairs of clusters are pooled and cut in two afresh from
    several directions (`resplit`), which moves whole groups of rows where no single row would move.
-3. On the full rows, exchanges go on until a step gains next to nothing (`refine`).
+3. Exchanges go on with the full rows. Where those tell much that the sketch did not, rows are first
+   melted and cooled (`anneal`): they belong to clusters in shares that harden step by step.
 
-A row's own share in its cluster's sum holds it back: on 11008 rows of 4096 random numbers, by 2.4
-standard deviations of what pulls it elsewhere. Lloyd's algorithm stops there. `exchange` discounts
-that share by a factor `release`: 0 is Lloyd, which never makes things worse; 1 is right for a row
-that moves alone. `refine` lowers it whenever a step made things worse.
+A row's own part of its cluster's sum holds it back: on 11008 rows of 4096 random numbers, by 2.4
+standard deviations of what pulls it elsewhere. Lloyd's algorithm stops there, far from the best.
+`anneal` leaves that part out. `exchange` discounts it by a factor `release`: 0 is Lloyd, which
+never makes things worse; 1 is right for a row that moves alone, but not for thousands at once.
 
 Notation: N rows, D columns, E clusters, M rows a cluster, P pairs of clusters, R directions tried.
 `order_EM` holds the row numbers of each cluster.
@@ -24,15 +25,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
+from moesaic.construct.points import Floats, Ids, Metric, Points, labels_of
 from moesaic.core.errors import UserError
 
-__all__ = ["BalancedClusters", "Metric", "balanced_kmeans", "scale_to_unit"]
-
-Metric = Literal["l2", "cos"]
-Floats = NDArray[np.float32]
-Ids = NDArray[np.int64]
+__all__ = ["BalancedClusters", "balanced_kmeans"]
 
 
 @dataclass(frozen=True)
@@ -56,15 +53,15 @@ def balanced_kmeans(
     metric: Metric = "l2",
     seed: int = 0,
     starts: int | Literal["auto"] = "auto",
-    steps: int = 24,
+    steps: int | Literal["auto"] = "auto",
 ) -> BalancedClusters:
     """Divide rows into `clusters` groups of exactly N / clusters rows.
 
     `l2` minimises the sum of squares within clusters. `cos` takes the rows about their mean and
     scaled to length 1, and maximises the sum of cosines between rows and the mean of their cluster.
     `starts` is the number of random starts, of which the best is refined ("auto": 1 for thousands
-    of rows, up to 16 for fewer); `steps` bounds the passes over the full rows. The rows are not
-    copied.
+    of rows, up to 16 for fewer). `steps` is the number of annealing steps on the full rows ("auto":
+    240 / clusters, between 10 and 30); each reads the matrix twice. The rows are not copied.
 
     Raises UserError when `clusters` does not divide N, or a value is NaN or infinite.
     """
@@ -76,101 +73,27 @@ def balanced_kmeans(
         )
     points = Points.centred(np.ascontiguousarray(rows_ND, dtype=np.float32), metric)
     rng = np.random.default_rng(seed)
-    order_EM = search(points, clusters, rng, count_starts(starts, count))
-    order_EM = refine(points, order_EM, steps)
+    tried = min(max(1, 16384 // count), 16) if starts == "auto" else max(1, starts)
+    cooling = min(max(10, 240 // clusters), 30) if steps == "auto" else steps
+    sketch = points.sketch(max(128, 8 * clusters), rng)
+    order_EM = search(sketch, clusters, rng, tried)
+    if cooling and sketch is not points:
+        value = points.value(points.sums_ED(order_EM))
+        order_EM = refine(points, order_EM, 1)
+        refined = points.value(points.sums_ED(order_EM))
+        if refined > 1.02 * value:
+            annealed_EM = anneal(points, order_EM, sketch.largest_square(), cooling)
+            if points.value(points.sums_ED(annealed_EM)) > refined:
+                order_EM = annealed_EM
+    order_EM = refine(points, order_EM, 24)
     return measure(points, order_EM)
 
 
-def scale_to_unit(rows_ND: Floats) -> None:
-    """Scale every row to length 1, in place; a row of zeros stays."""
-    lengths_N = np.sqrt(squares(rows_ND))
-    rows_ND /= np.where(lengths_N > 0, lengths_N, 1)[:, None]
-
-
-@dataclass(frozen=True)
-class Points:
-    """The points (row - shift) * scale of a matrix, never written out: the matrix is large."""
-
-    rows_ND: Floats
-    shift_D: Floats
-    scale_N: Floats
-    metric: Metric
-
-    @classmethod
-    def centred(cls, rows_ND: Floats, metric: Metric) -> "Points":
-        """The rows about their mean; for `cos`, scaled to length 1 as well."""
-        shift_D = rows_ND.mean(0, dtype=np.float64).astype(np.float32)
-        if not np.isfinite(shift_D).all():
-            raise UserError("The rows hold NaN or infinite values. Repair the weights.")
-        points = cls(rows_ND, shift_D, np.ones(len(rows_ND), np.float32), metric)
-        if metric == "l2":
-            return points
-        lengths_N = np.sqrt(points.squares_N())
-        scale_N = (1 / np.where(lengths_N > 0, lengths_N, 1)).astype(np.float32)
-        return cls(rows_ND, shift_D, scale_N, metric)
-
-    def squares_N(self) -> Floats:
-        """Squared length of every point."""
-        shift = self.shift_D
-        raw_N = squares(self.rows_ND) - 2 * (self.rows_ND @ shift) + float(shift @ shift)
-        return np.maximum(raw_N, 0) * self.scale_N**2
-
-    def sums_ED(self, order_EM: Ids) -> Floats:
-        """Sum of the points of every cluster."""
-        weights_EN = np.zeros((len(order_EM), len(self.rows_ND)), np.float32)
-        np.put_along_axis(weights_EN, order_EM, self.scale_N[order_EM], axis=1)
-        return weights_EN @ self.rows_ND - weights_EN.sum(1)[:, None] * self.shift_D
-
-    def moved_sums_ED(self, sums_ED: Floats, before_EM: Ids, after_EM: Ids) -> Floats:
-        """The sums after some points changed cluster; reads only those where they are few."""
-        before_N, after_N = labels_of(before_EM), labels_of(after_EM)
-        moved_C = np.flatnonzero(before_N != after_N)
-        if 4 * len(moved_C) > len(self.rows_ND):
-            return self.sums_ED(after_EM)
-        weights_EC = np.zeros((len(sums_ED), len(moved_C)), np.float32)
-        column_C = np.arange(len(moved_C))
-        weights_EC[after_N[moved_C], column_C] = self.scale_N[moved_C]
-        weights_EC[before_N[moved_C], column_C] = -self.scale_N[moved_C]
-        change_ED = weights_EC @ self.rows_ND[moved_C]
-        return sums_ED + change_ED - weights_EC.sum(1)[:, None] * self.shift_D
-
-    def products_NE(self, sums_ED: Floats) -> Floats:
-        """Inner product of every point with every one of some vectors."""
-        return (self.rows_ND @ sums_ED.T - self.shift_D @ sums_ED.T) * self.scale_N[:, None]
-
-    def sketch(self, columns: int, rng: np.random.Generator) -> "Points":
-        """The points in the span of, about, their first principal directions: rows [N, columns].
-
-        One round of randomised subspace iteration (Halko, Martinsson, Tropp 2011, section 4.5).
-        """
-        if 2 * columns >= self.rows_ND.shape[1]:
-            return self
-        probe_DC = rng.standard_normal((self.rows_ND.shape[1], columns), dtype=np.float32)
-        image_NC = self.products_NE(probe_DC.T) * self.scale_N[:, None]
-        back_DC = self.rows_ND.T @ image_NC - np.outer(self.shift_D, image_NC.sum(0))
-        basis_DC, _ = np.linalg.qr(back_DC)
-        rows_NC = np.ascontiguousarray(self.products_NE(basis_DC.T))
-        ones_N = np.ones_like(self.scale_N)
-        return Points(rows_NC, np.zeros(columns, np.float32), ones_N, self.metric)
-
-    def tightness(self, sums_ED: Floats) -> NDArray[np.float64]:
-        """What the metric maximises, per cluster (last axis summed): |S|^2 for l2, |S| for cos."""
-        lengths_E = (sums_ED.astype(np.float64) ** 2).sum(-1)
-        return lengths_E if self.metric == "l2" else np.sqrt(lengths_E)
-
-    def pull_E(self, sums_ED: Floats) -> Floats:
-        """Factor of <x, S_e> in the tightness a cluster gains from x: 1 for l2, 1/|S_e| for cos."""
-        if self.metric == "l2":
-            return np.ones(len(sums_ED), np.float32)
-        return (1 / np.maximum(self.tightness(sums_ED), 1e-12)).astype(np.float32)
-
-
-def search(points: Points, clusters: int, rng: np.random.Generator, starts: int) -> Ids:
-    """The best of some random starts, improved on a sketch of the points: order_EM."""
-    count = len(points.rows_ND)
-    sketch = points.sketch(max(128, 8 * clusters), rng)
+def search(sketch: Points, clusters: int, rng: np.random.Generator, starts: int) -> Ids:
+    """The best of some random starts, improved by exchanges and resplits: order_EM."""
+    count = len(sketch.rows_ND)
     tries = max(4, 128 // clusters)
-    squares_N = sketch.squares_N()
+    squares_N = sketch.squares_N
     found: tuple[float, Ids] | None = None
     for _ in range(starts):
         order_EM = rng.permutation(count).reshape(clusters, -1)
@@ -178,11 +101,11 @@ def search(points: Points, clusters: int, rng: np.random.Generator, starts: int)
             sums_ED = sketch.sums_ED(order_EM)
             if not exchange(sketch, sums_ED, squares_N, order_EM, release=0.5):
                 break
-        value = float(sketch.tightness(sketch.sums_ED(order_EM)).sum())
-        for _ in range(8):
+        value = sketch.value(sketch.sums_ED(order_EM))
+        for _ in range(6):
             resplit(sketch, order_EM, rng, tries)
-            before, value = value, float(sketch.tightness(sketch.sums_ED(order_EM)).sum())
-            if value <= before * 1.001:
+            before, value = value, sketch.value(sketch.sums_ED(order_EM))
+            if value <= before * 1.003:
                 break
         if found is None or value > found[0]:
             found = value, order_EM
@@ -192,10 +115,10 @@ def search(points: Points, clusters: int, rng: np.random.Generator, starts: int)
 
 def refine(points: Points, order_EM: Ids, steps: int) -> Ids:
     """Exchange rows between clusters until a step gains less than two thousandths: order_EM."""
-    squares_N = points.squares_N()
+    squares_N = points.squares_N
     best_EM = order_EM
     best_ED = points.sums_ED(best_EM)
-    best = float(points.tightness(best_ED).sum())
+    best = points.value(best_ED)
     release = 0.6
     for _ in range(steps):
         order_EM = best_EM.copy()
@@ -205,7 +128,7 @@ def refine(points: Points, order_EM: Ids, steps: int) -> Ids:
             release = 0.0
             continue
         sums_ED = points.moved_sums_ED(best_ED, best_EM, order_EM)
-        value = float(points.tightness(sums_ED).sum())
+        value = points.value(sums_ED)
         gain = value / best - 1 if best else 0.0
         if gain > 0:
             best_EM, best_ED, best = order_EM, sums_ED, value
@@ -214,6 +137,53 @@ def refine(points: Points, order_EM: Ids, steps: int) -> Ids:
                 break
             release = 0.0 if release < 0.2 else release / 2
     return best_EM
+
+
+def anneal(points: Points, order_EM: Ids, largest: float, steps: int) -> Ids:
+    """Melt clusters and cool them again: order_EM of the result, which may be better or worse.
+
+    Every point belongs to clusters in shares, at first half to its own. A step sets the shares to
+    the softmax of the inner products with the clusters' sums, less the point's own part, times a
+    coldness; then scales columns so that all clusters are equally large. The coldness runs from
+    E / largest, where equal shares begin to be unstable (`largest`: the largest sum of squares
+    along a direction), to six times that. This is mean-field annealing of a Potts model (Peterson
+    and Soderberg 1989) with sums in place of couplings.
+    """
+    clusters, size = order_EM.shape
+    share_NE = np.full((order_EM.size, clusters), 0.5 / clusters, np.float32)
+    share_NE[order_EM, np.arange(clusters)[:, None]] += 0.5
+    own_N1 = points.squares_N[:, None]
+    price_E = np.zeros(clusters, np.float32)
+    for coldness in np.geomspace(1, 6, steps, dtype=np.float32) * np.float32(clusters / largest):
+        pull_NE = points.products_NE(points.combine_ED(share_NE.T)) - own_N1 * share_NE
+        pull_NE = coldness * pull_NE - price_E
+        share_NE = np.exp(pull_NE - pull_NE.max(1, keepdims=True))
+        share_NE /= share_NE.sum(1, keepdims=True)
+        for _ in range(2):
+            excess_E = np.maximum(share_NE.sum(0), 1e-3) / size
+            price_E += np.log(excess_E)
+            share_NE /= excess_E
+            share_NE /= share_NE.sum(1, keepdims=True)
+    return harden(share_NE)
+
+
+def harden(share_NE: Floats) -> Ids:
+    """Give every point to one cluster, the one it has the largest share in where there is room."""
+    count, clusters = share_NE.shape
+    size = count // clusters
+    labels_N = share_NE.argmax(1)
+    by_label = np.lexsort((-share_NE.max(1), labels_N))
+    counts_E = np.bincount(labels_N, minlength=clusters)
+    place = np.arange(count) - (np.cumsum(counts_E) - counts_E)[labels_N[by_label]]
+    extra = by_label[place >= size]
+    room_E = size - np.minimum(counts_E, size)
+    labels_N[extra] = -1
+    for wish in np.argsort(-share_NE[extra], axis=None, kind="stable").tolist():
+        point, cluster = extra[wish // clusters], wish % clusters
+        if room_E[cluster] and labels_N[point] < 0:
+            labels_N[point] = cluster
+            room_E[cluster] -= 1
+    return np.argsort(labels_N, kind="stable").reshape(clusters, size)
 
 
 def exchange(
@@ -300,19 +270,12 @@ def rounds(clusters: int) -> Iterator[tuple[Ids, Ids]]:
         seats = [seats[0], seats[-1], *seats[1:-1]]
 
 
-def labels_of(order_EM: Ids) -> Ids:
-    """Cluster of every row."""
-    labels_N = np.empty(order_EM.size, np.int64)
-    labels_N[order_EM] = np.arange(len(order_EM))[:, None]
-    return labels_N
-
-
 def measure(points: Points, order_EM: Ids) -> BalancedClusters:
     """Figures of the clusters, on the rows without the scale of `cos`."""
     labels_N = labels_of(order_EM)
     plain = Points(points.rows_ND, points.shift_D, np.ones_like(points.scale_N), "l2")
     sums_ED = plain.sums_ED(order_EM).astype(np.float64)
-    squares_N = plain.squares_N().astype(np.float64)
+    squares_N = plain.squares_N.astype(np.float64)
     between = float((sums_ED**2).sum()) / order_EM.shape[1]
     lengths_E = np.sqrt((sums_ED**2).sum(1))
     products_NE = plain.products_NE(sums_ED.astype(np.float32))
@@ -321,13 +284,3 @@ def measure(points: Points, order_EM: Ids) -> BalancedClusters:
     cosines_N = own_N / np.where(norm_N > 0, norm_N, 1)
     total = float(squares_N.sum())
     return BalancedClusters(labels_N, total - between, total, float(cosines_N.mean()))
-
-
-def count_starts(starts: int | Literal["auto"], count: int) -> int:
-    """The number of random starts; "auto" gives more to small matrices, where one costs little."""
-    return max(1, min(16, 16384 // count)) if starts == "auto" else max(1, starts)
-
-
-def squares(rows_ND: Floats) -> Floats:
-    """Squared length of every row."""
-    return np.einsum("nd,nd->n", rows_ND, rows_ND)

@@ -22,7 +22,8 @@ import torch
 from numpy.typing import NDArray
 
 from moesaic.construct.activations import text_sample
-from moesaic.construct.balanced_kmeans import balanced_kmeans, scale_to_unit
+from moesaic.construct.balanced_kmeans import balanced_kmeans
+from moesaic.construct.points import scale_to_unit
 from moesaic.construct.scored import ScoredMethod
 from moesaic.core.console import note, track
 from moesaic.core.errors import UserError

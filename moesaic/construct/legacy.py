@@ -119,7 +119,7 @@ def read_plain(path: Path) -> Any:
 
 def _read(data: bytes) -> Any:
     stream = io.BytesIO(data)
-    if zipfile.is_zipfile(stream):
+    if data.startswith(b"PK"):
         with zipfile.ZipFile(stream) as archive:
             name = next(n for n in archive.namelist() if n.endswith("data.pkl"))
             folder = name.removesuffix(".pkl")
@@ -127,9 +127,8 @@ def _read(data: bytes) -> Any:
                 io.BytesIO(archive.read(name)), lambda key: archive.read(f"{folder}/{key}")
             )
             return reader.load()
-    stream.seek(0)
     value = _PlainReader(stream).load()
-    if value != _MAGIC:
+    if not isinstance(value, int) or value != _MAGIC:
         return value
     return [_PlainReader(stream).load() for _ in ("protocol", "machine", "content")][-1]
 

@@ -5,8 +5,9 @@ from typing import Literal
 
 import numpy as np
 
-from moesaic.construct.balanced_kmeans import balanced_kmeans, scale_to_unit
+from moesaic.construct.balanced_kmeans import balanced_kmeans
 from moesaic.construct.method import LayerSplit, Projection, SplitInputs, SplitMethod
+from moesaic.construct.points import scale_to_unit
 from moesaic.construct.splits import SPLITS
 
 
