@@ -94,7 +94,9 @@ def plan(config: TrainConfig) -> dict[str, Any]:
     model = setup.empty_model(config)
     set_balance_coefficient(model, config.balance.coefficient)
     parameters, active = setup.count_parameters(model)
-    stream = setup.open_data(config, setup.load_tokenizer(config)).stream
+    tokenizer = setup.load_tokenizer(config)
+    setup.check_vocabulary(tokenizer, model)
+    stream = setup.open_data(config, tokenizer).stream
     tokens = config.total_steps * config.tokens_per_step
     return {
         "config": config.model_dump(mode="json"),
@@ -124,6 +126,7 @@ class Run:
     path: Path
     config: TrainConfig
     finished: bool
+    start_again: bool = False
     step: int = 0
     weights: dict[str, float] = field(default_factory=dict)
     drawn: Counter[str] = field(default_factory=Counter)
@@ -134,8 +137,9 @@ class Run:
     @classmethod
     def prepare(cls, config: TrainConfig, path: Path, *, resume: bool) -> Run:
         """Check the output directory and build everything, from the newest state if any."""
-        folder = _claim(path, config, resume=resume)
-        run = cls(path, config, finished=False)
+        folder = _newest(path) if resume else None
+        _check_owned(path)
+        run = cls(path, config, finished=False, start_again=not resume)
         if folder is not None:
             facts = state.read_facts(folder)
             _same_course(config, facts, folder)
@@ -158,6 +162,7 @@ class Run:
         self.model = setup.load_model(config, self.device, self.precision)
         self.source_dtype = setup.source_dtype(config)
         self.tokenizer = setup.load_tokenizer(config)
+        setup.check_vocabulary(self.tokenizer, self.model)
         self.coefficient = set_balance_coefficient(self.model, config.balance.coefficient)
         self.parameters, self.active = setup.count_parameters(self.model)
         self.data = setup.open_data(config, self.tokenizer)
@@ -187,6 +192,10 @@ class Run:
     def train(self) -> Path:
         """Run the remaining updates and write the final model; return its directory."""
         config = self.config
+        # Not earlier: a run that is refused must neither leave a folder nor cost the run before it.
+        if self.start_again:
+            _discard(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.path / CONFIG_NAME, to_yaml(config))
         log = Log(self.path, resume_at=self.step, tensorboard=config.log.tensorboard)
         self._announce()
@@ -366,23 +375,31 @@ def _short_turns() -> Iterator[None]:
         sys.setswitchinterval(interval)
 
 
-def _claim(path: Path, config: TrainConfig, *, resume: bool) -> Path | None:
-    """Make sure `path` may be written; return the newest state to go on from, if any."""
+def _check_owned(path: Path) -> None:
+    """Raise UserError unless `path` is free or holds a run."""
     if path.is_file():
         raise UserError(f"{path} is a file. Give a directory for the output.")
-    if path.is_dir() and any(path.iterdir()):
-        if not (path / CONFIG_NAME).is_file() and not (path / state.FOLDER).is_dir():
-            raise UserError(
-                f"{path} exists and holds no training run. Choose another -o, or remove it."
-            )
-        if not resume:
-            for name in (LOG_NAME, CONFIG_NAME, state.FOLDER, "tensorboard"):
-                target = path / name
-                shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
-            export.remove_model(path)
-    path.mkdir(parents=True, exist_ok=True)
-    newest = list(state.states(path).values())
-    return newest[-1] if newest else None
+    ours = (path / CONFIG_NAME).is_file() or (path / state.FOLDER).is_dir()
+    if path.is_dir() and any(path.iterdir()) and not ours:
+        raise UserError(
+            f"{path} exists and holds no training run. Choose another -o, or remove it."
+        )
+
+
+def _newest(path: Path) -> Path | None:
+    found = list(state.states(path).values())
+    return found[-1] if found else None
+
+
+def _discard(path: Path) -> None:
+    """Remove what a run wrote, and nothing else."""
+    for name in (LOG_NAME, CONFIG_NAME, state.FOLDER, "tensorboard"):
+        target = path / name
+        if target.is_dir():
+            shutil.rmtree(target)
+        else:
+            target.unlink(missing_ok=True)
+    export.remove_model(path)
 
 
 def _same_course(config: TrainConfig, facts: Mapping[str, Any], folder: Path) -> None:

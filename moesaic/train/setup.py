@@ -72,6 +72,7 @@ def load_model(config: TrainConfig, where: torch.device, how: Precision) -> PreT
     dtype = torch.bfloat16 if how == "bf16" else torch.float32
     model: Any = load(_given(config), dtype=dtype, **options)
     _check_length(config, model)
+    _check_finite(config, model)
     if config.gradient_checkpointing:
         recompute_activations(model)
     return model.to(where)
@@ -132,6 +133,25 @@ def _check_length(config: TrainConfig, model: PreTrainedModel) -> None:
             f"data.block_size={config.data.block_size} but the model reads at most {limit} "
             "positions. Lower data.block_size."
         )
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Raise UserError when the tokenizer makes ids that the model has no embedding for."""
+    embeddings: Any = model.get_input_embeddings()
+    rows = embeddings.weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens but the model's vocabulary has {rows}. "
+            "Give the tokenizer that belongs to the model."
+        )
+
+
+def _check_finite(config: TrainConfig, model: PreTrainedModel) -> None:
+    for name, weight in model.named_parameters():
+        if not bool(torch.isfinite(weight).all()):
+            raise UserError(
+                f"{config.model}: the weight {name} holds NaN or infinity. Give a sound checkpoint."
+            )
 
 
 def count_parameters(model: PreTrainedModel) -> tuple[int, int]:

@@ -274,8 +274,38 @@ def test_the_callers_generators_are_given_back(settings, tmp_path):
 def test_wrong_settings_are_refused_before_anything_is_written(changes, words, settings, tmp_path):
     with pytest.raises(UserError, match=r"(?i)" + words):
         train(settings(**changes), out=tmp_path / "run")
-    left = tmp_path / "run"
-    assert not left.exists() or not any(left.iterdir())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_refused_restart_costs_nothing(settings, tmp_path):
+    out = train(settings(steps=3), out=tmp_path / "run")
+    before = sorted(path for path in out.rglob("*"))
+    with pytest.raises(UserError, match="nowhere"):
+        train(settings(data={"train": "nowhere/x.jsonl"}), out=out, resume=False)
+    assert sorted(path for path in out.rglob("*")) == before
+
+
+def test_damaged_weights_and_foreign_tokenizers_are_refused(settings, checkpoint, tmp_path):
+    import shutil
+
+    from safetensors.torch import save_file
+
+    broken = shutil.copytree(checkpoint(models.dense), tmp_path / "nan")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"model\.norm\.weight holds NaN"):
+        train(settings(model=str(broken)), out=tmp_path / "run")
+
+    models.dense(vocab_size=100).save_pretrained(tmp_path / "small")
+    config = settings(model=str(tmp_path / "small"), tokenizer=str(checkpoint(models.dense)))
+    with pytest.raises(UserError, match="300 tokens but the model's vocabulary has 100"):
+        train(config, out=tmp_path / "run")
+    whole = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        train(settings(model=str(broken)), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_coefficient_on_a_dense_model_is_refused(settings, tmp_path):

@@ -153,7 +153,7 @@ def test_gradient_checkpointing_changes_no_gradient():
     torch.manual_seed(3)
     _, expected = gradients(model, ids)
     recompute_activations(model)
-    assert model.is_gradient_checkpointing
+    assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     torch.manual_seed(3)
     _, got = gradients(model, ids)
     assert largest_difference(expected, got) < 1e-7
