@@ -37,12 +37,16 @@ def write_model(run: Run) -> None:
     note(f"model written to {run.path}")
 
 
+def is_model(path: Path) -> bool:
+    """Say whether the directory holds a finished model."""
+    return (path / _CONFIG).is_file()
+
+
 def is_written(path: Path, config: TrainConfig) -> bool:
     """Say whether the directory holds the finished model of this very config."""
-    if not (path / _CONFIG).is_file():
-        return False
     lineage = read_lineage(path) or {}
-    return lineage.get("step") == "train" and lineage.get("config") == _resolved(config)
+    is_ours = lineage.get("step") == "train" and lineage.get("config") == _resolved(config)
+    return is_ours and is_model(path)
 
 
 def remove_model(path: Path) -> None:

@@ -140,16 +140,18 @@ class Run:
         folder = _newest(path) if resume else None
         _check_owned(path)
         run = cls(path, config, finished=False, start_again=not resume)
+        if resume and export.is_written(path, config):
+            note(f"{path} is finished already. --no-resume starts again.")
+            run.finished = True
+            return run
         if folder is not None:
             facts = state.read_facts(folder)
             _same_course(config, facts, folder)
-            if facts["step"] >= config.total_steps and export.is_written(path, config):
-                note(
-                    f"{path} is finished already ({facts['step']} updates). "
-                    "--no-resume starts again."
-                )
-                run.finished = True
-                return run
+        elif resume and export.is_model(path):
+            raise UserError(
+                f"{path} holds the model of a run with other settings. Choose another -o, or "
+                "--no-resume to replace it."
+            )
         run._build()
         if folder is not None:
             run._restore(folder, facts)
@@ -306,6 +308,7 @@ class Run:
         """Measure held-out loss per domain, and move the weights if the run is dynamic."""
         if self.data.valid is None:
             return
+        self._check_finite()  # also waits for the device, so that the clock stops at the right time
         with self.clock:
             with self._autocast() or nullcontext():
                 losses = setup.evaluate(self.config, self.model, self.tokenizer, self.data.valid)
@@ -324,8 +327,8 @@ class Run:
                 self.cursor = self.data.stream.state_dict()
 
     def _save(self) -> None:
+        self._check_finite()
         with self.clock:
-            self._check_finite()
             facts = {
                 "total": self.config.total_steps,
                 "config": self.config.trajectory(),

@@ -109,8 +109,8 @@ def tokens(out, name):
     return drawn * 32 / log(out)[-1]["epochs"][name]
 
 
-@pytest.mark.parametrize("stop", [2, 7, 11])
-@pytest.mark.parametrize("log_every", [1, 4])
+# Before the first state; between states and between log lines; after the last but one.
+@pytest.mark.parametrize(("stop", "log_every"), [(2, 1), (7, 4), (11, 1)])
 def test_resuming_repeats_the_uninterrupted_run_bit_for_bit(
     stop, log_every, settings, tmp_path, monkeypatch
 ):
@@ -165,7 +165,13 @@ def test_states_beyond_keep_last_are_deleted_and_a_finished_run_is_left_alone(se
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
     config = settings(checkpoint={"every": None, "keep_last": 0})
-    assert not states(train(config, out=tmp_path / "none"))
+    out = train(config, out=tmp_path / "none")
+    assert not states(out)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    train(config, out=out)
+    with pytest.raises(UserError, match="other settings"):
+        train({**config, "steps": 3}, out=out)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
 def test_no_resume_starts_again(settings, tmp_path):
