@@ -26,7 +26,15 @@ from typing import Literal
 
 import numpy as np
 
-from moesaic.construct.points import Floats, Ids, Metric, Points, labels_of
+from moesaic.construct.points import (
+    Floats,
+    Ids,
+    Metric,
+    Points,
+    labels_of,
+    one_thread,
+    product,
+)
 from moesaic.core.errors import UserError
 
 __all__ = ["BalancedClusters", "balanced_kmeans"]
@@ -61,7 +69,8 @@ def balanced_kmeans(
     scaled to length 1, and maximises the sum of cosines between rows and the mean of their cluster.
     `starts` is the number of random starts, of which the best is refined ("auto": 1 for thousands
     of rows, up to 16 for fewer). `steps` is the number of annealing steps on the full rows ("auto":
-    240 / clusters, between 10 and 30); each reads the matrix twice. The rows are not copied.
+    240 / clusters, between 10 and 30); each reads the matrix twice. Rows in writable
+    float32 are not copied.
 
     Raises UserError when `clusters` does not divide N, or a value is NaN or infinite.
     """
@@ -71,22 +80,27 @@ def balanced_kmeans(
             f"{count} rows cannot make {clusters} clusters of equal size. "
             f"Give a number that divides {count}."
         )
-    points = Points.centred(np.ascontiguousarray(rows_ND, dtype=np.float32), metric)
-    rng = np.random.default_rng(seed)
     tried = min(max(1, 16384 // count), 16) if starts == "auto" else max(1, starts)
     cooling = min(max(10, 240 // clusters), 30) if steps == "auto" else steps
+    with one_thread():
+        points = Points.centred(np.require(rows_ND, np.float32, ["C", "W"]), metric)
+        return measure(points, divide(points, clusters, seed, tried, cooling))
+
+
+def divide(points: Points, clusters: int, seed: int, starts: int, steps: int) -> Ids:
+    """Search on a sketch, refine on the full rows, annealed where these tell more: order_EM."""
+    rng = np.random.default_rng(seed)
     sketch = points.sketch(max(128, 8 * clusters), rng)
-    order_EM = search(sketch, clusters, rng, tried)
-    if cooling and sketch is not points:
+    order_EM = search(sketch, clusters, rng, starts)
+    if steps and sketch is not points:
         value = points.value(points.sums_ED(order_EM))
         order_EM = refine(points, order_EM, 1)
         refined = points.value(points.sums_ED(order_EM))
         if refined > 1.02 * value:
-            annealed_EM = anneal(points, order_EM, sketch.largest_square(), cooling)
+            annealed_EM = anneal(points, order_EM, sketch.largest_square(), steps)
             if points.value(points.sums_ED(annealed_EM)) > refined:
                 order_EM = annealed_EM
-    order_EM = refine(points, order_EM, 24)
-    return measure(points, order_EM)
+    return refine(points, order_EM, 24)
 
 
 def search(sketch: Points, clusters: int, rng: np.random.Generator, starts: int) -> Ids:
@@ -238,9 +252,9 @@ def resplit(points: Points, order_EM: Ids, rng: np.random.Generator, tries: int)
         ways_PDR = rng.standard_normal((*total_PD.shape, tries), dtype=np.float32)
         ways_PDR[:, :, 0] = 2 * first_PD - total_PD
         for _ in range(5):
-            along_PRM = np.ascontiguousarray((rows_PMD @ ways_PDR).transpose(0, 2, 1))
+            along_PRM = np.ascontiguousarray(product(rows_PMD, ways_PDR).transpose(0, 2, 1))
             middle_PR1 = np.partition(along_PRM, size, axis=2)[:, :, size, None]
-            sums_PRD = (along_PRM >= middle_PR1).astype(np.float32) @ rows_PMD
+            sums_PRD = product((along_PRM >= middle_PR1).astype(np.float32), rows_PMD)
             ways_PDR = (2 * sums_PRD - total_PD[:, None]).transpose(0, 2, 1)
         value_PR = points.tightness(sums_PRD) + points.tightness(total_PD[:, None] - sums_PRD)
         now_P = points.tightness(first_PD) + points.tightness(total_PD - first_PD)

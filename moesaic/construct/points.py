@@ -5,16 +5,28 @@ moved.
 `order_EM` holds the row numbers of each cluster.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from moesaic.core.errors import UserError
 
-__all__ = ["Floats", "Ids", "Metric", "Points", "labels_of", "scale_to_unit"]
+__all__ = [
+    "Floats",
+    "Ids",
+    "Metric",
+    "Points",
+    "labels_of",
+    "one_thread",
+    "product",
+    "scale_to_unit",
+]
 
 Metric = Literal["l2", "cos"]
 Floats = NDArray[np.float32]
@@ -33,7 +45,7 @@ class Points:
     @classmethod
     def centred(cls, rows_ND: Floats, metric: Metric) -> "Points":
         """The rows about their mean; for `cos`, scaled to length 1 as well."""
-        shift_D = np.full(len(rows_ND), 1 / len(rows_ND), np.float32) @ rows_ND
+        shift_D = product(np.full(len(rows_ND), 1 / len(rows_ND), np.float32), rows_ND)
         if not np.isfinite(shift_D).all():
             raise UserError("The rows hold NaN or infinite values. Repair the weights.")
         points = cls(rows_ND, shift_D, np.ones(len(rows_ND), np.float32), metric)
@@ -47,13 +59,13 @@ class Points:
     def squares_N(self) -> Floats:
         """Squared length of every point."""
         shift = self.shift_D
-        raw_N = squares(self.rows_ND) - 2 * (self.rows_ND @ shift) + shift @ shift
+        raw_N = squares(self.rows_ND) - 2 * product(self.rows_ND, shift) + product(shift, shift)
         return (np.maximum(raw_N, 0) * self.scale_N**2).astype(np.float32)
 
     def combine_ED(self, weights_EN: Floats) -> Floats:
         """Weighted sums of the points."""
         scaled_EN = weights_EN * self.scale_N
-        sums_ED = np.asarray(scaled_EN @ self.rows_ND, np.float32)
+        sums_ED = product(scaled_EN, self.rows_ND)
         sums_ED -= np.outer(scaled_EN.sum(1), self.shift_D)
         return sums_ED
 
@@ -78,7 +90,10 @@ class Points:
 
     def products_NE(self, sums_ED: Floats) -> Floats:
         """Inner product of every point with every one of some vectors."""
-        return (self.rows_ND @ sums_ED.T - self.shift_D @ sums_ED.T) * self.scale_N[:, None]
+        products_NE = product(self.rows_ND, sums_ED.T)
+        products_NE -= product(sums_ED, self.shift_D)
+        products_NE *= self.scale_N[:, None]
+        return products_NE
 
     def sketch(self, columns: int, rng: np.random.Generator) -> "Points":
         """The points in the span of, about, their first principal directions: rows [N, columns].
@@ -88,19 +103,16 @@ class Points:
         if 2 * columns >= self.rows_ND.shape[1]:
             return self
         probe_DC = rng.standard_normal((self.rows_ND.shape[1], columns), dtype=np.float32)
-        image_NC = self.products_NE(probe_DC.T) * self.scale_N[:, None]
-        back_DC = self.rows_ND.T @ image_NC - np.outer(self.shift_D, image_NC.sum(0))
-        basis_DC, _ = np.linalg.qr(back_DC)
+        back_DC = self.combine_ED(self.products_NE(probe_DC.T).T).T
+        basis_DC = torch.linalg.qr(torch.from_numpy(back_DC))[0].numpy()
         rows_NC = np.ascontiguousarray(self.products_NE(basis_DC.T))
         ones_N = np.ones_like(self.scale_N)
         return Points(rows_NC, np.zeros(columns, np.float32), ones_N, self.metric)
 
     def largest_square(self) -> float:
-        """Largest sum of squares of the points along one direction; for sketches, whose rows are
-        few.
-        """
+        """Largest sum of squares of the points along one direction, for sketches."""
         points_ND = (self.rows_ND - self.shift_D) * self.scale_N[:, None]
-        return float(np.linalg.norm(points_ND.T @ points_ND, 2))
+        return float(torch.linalg.eigvalsh(torch.from_numpy(product(points_ND.T, points_ND)))[-1])
 
     def value(self, sums_ED: Floats) -> float:
         """What is maximised: the clusters' tightness together."""
@@ -116,6 +128,27 @@ class Points:
         if self.metric == "l2":
             return np.ones(len(sums_ED), np.float32)
         return (1 / np.maximum(self.tightness(sums_ED), 1e-12)).astype(np.float32)
+
+
+def product(left: Floats, right: Floats) -> Floats:
+    """Matrix product of float32 arrays by torch, whose threads `one_thread` can hold."""
+    result: Floats = (torch.from_numpy(left) @ torch.from_numpy(right)).numpy()
+    return result
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Keep matrix products on one thread.
+
+    Products this thin gain nothing from more: threads that wait for one another took 12 CPU seconds
+    where one takes 1.8, and no less time.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def scale_to_unit(rows_ND: Floats) -> None:

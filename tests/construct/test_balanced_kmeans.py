@@ -110,7 +110,6 @@ def test_annealing_goes_beyond_exchanges_and_these_beyond_lloyd() -> None:
     found = balanced_kmeans(rows, 8, seed=0)
     exchanged = balanced_kmeans(rows, 8, seed=0, steps=0)
     best, good = (1 - r.within_ss / r.total_ss for r in (found, exchanged))
-    print(best, good, lloyd_explains(rows, 8))
     assert best > 1.02 * good
     assert good > 1.1 * lloyd_explains(rows, 8)
 
