@@ -29,6 +29,7 @@ lint: install
 
 docs: install
 	@$(BIN)/python docs/make_commands.py
+	@$(BIN)/python docs/make_training.py
 
 install: $(STAMP)
 

@@ -69,7 +69,7 @@ class BatchConfig(Config):
     sequences: int = Field(default=32, ge=1)
     """Sequences in an update."""
     micro: int | None = Field(default=None, ge=1)
-    """Sequences in one forward pass, a divisor of `sequences`; None: all. Changes no result."""
+    """Sequences in one forward pass, a divisor of `sequences`; None: all. The loss is the same."""
 
     @model_validator(mode="after")
     def _divides(self) -> BatchConfig:

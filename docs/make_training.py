@@ -1,0 +1,130 @@
+"""Write docs/training.md: `python docs/make_training.py`. The table of keys comes from the config.
+
+A test compares the file with this script's output, so it cannot fall behind.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from moesaic.recipes import recipes, summary
+from moesaic.train.config import TrainConfig
+
+PAGE = Path(__file__).parent / "training.md"
+HEAD = """\
+# Training
+
+<!-- Made by docs/make_training.py: change that and moesaic/train/config.py, then run make docs. -->
+
+`moesaic train FILE.yaml -o OUT --model DIR` continues the pre-training of a model, or trains one
+that `moesaic init` made. In Python: `moesaic.train("file.yaml", model="runs/moe",
+out="runs/cpt")`. `--set optimizer.lr=1e-4` overrides a key, `--dry-run` checks everything and
+prints the resolved config, the sizes, and how often each domain will be read.
+
+`OUT` becomes a Hugging Face directory with the model, its tokenizer, `moesaic.json` (lineage) and
+`train.yaml` (the resolved config). Beside them: `log.jsonl`, one JSON object a line, and
+`checkpoints/`.
+
+## What is promised
+
+- **Interruptions cost nothing.** The same command goes on from the newest saved state: weights,
+  optimizer, schedule, random generators, the position in every domain, the domain weights and the
+  log line that was under way. On a CPU in fp32 the losses are those of an uninterrupted run bit
+  for bit. A state is whole or absent, also after `kill -9` in the middle of saving. Only
+  safetensors and JSON are written. A changed setting that would change the losses is refused;
+  `--no-resume` starts again.
+- **The balance loss does not depend on accumulation.** Cross-entropy is weighted by tokens over
+  the whole update; the balance loss is averaged over its forward passes. A coefficient on a model
+  that has no balance loss is an error.
+- **Domains do not end the run.** A domain that has been read to its end is shuffled anew and read
+  again; `epochs` in the log says how often. `data.max_epochs` makes it an error instead.
+- **The schedule** is linear warm-up, then a cosine cut off at the floor; past the end it stays
+  there.
+- **A loss or gradient that is not finite stops the run**, naming the update; states saved before
+  it are sound.
+
+## What the log says
+
+| field of `log.jsonl` | meaning |
+| --- | --- |
+| `loss` | mean cross-entropy of the updates since the last line, nats a token, without the balance loss |
+| `balance_loss` | mean balance loss as it enters the gradient |
+| `grad_norm`, `lr` | before clipping; of the last update |
+| `tokens_per_second` | of this process, while training: evaluating and saving are left out |
+| `mfu` | 6 x active parameters x tokens/s over the device's bf16 peak; null on a CPU |
+| `load_cv`, `load_max` | spread of routed rows over experts: deviation over mean, averaged over layers; the fullest expert over the mean (1 is even), worst layer |
+| `importance_cv`, `importance_max` | the same for sums of routing weights |
+| `weights`, `epochs` | share of the blocks each domain gets now; how often each has been read |
+
+Lines with `"event": "evaluate"` hold the held-out loss of each domain and its mean.
+
+## Recipes that ship
+
+"""  # noqa: E501 - table rows
+
+
+def page() -> str:
+    """The whole page as Markdown."""
+    parts = [HEAD, "| recipe | |\n| --- | --- |\n"]
+    for name, path in recipes("train").items():
+        parts.append(f"| `{name}` | {summary(path)} |\n")
+    parts.append("\n## Keys\n\n`moesaic recipe show cpt-tiny` prints a whole file.\n\n")
+    parts.append("| key | type | default | |\n| --- | --- | --- | --- |\n")
+    for name, kind, default, text in rows(TrainConfig, ""):
+        parts.append(f"| `{name}` | {kind} | {default} | {text} |\n")
+    return "".join(parts)
+
+
+def rows(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str, str]]:
+    """Yield key, type, default and sentence of every field, sections opened."""
+    for name, field in model.model_fields.items():
+        below = [t for t in options(field.annotation) if is_section(t)]
+        text = " ".join((field.description or "").split()).replace("|", "\\|")
+        if below:
+            if type(None) in options(field.annotation):
+                yield prefix + name, "section", "none", text
+            yield from rows(below[0], f"{prefix}{name}.")
+        else:
+            default = "required" if field.is_required() else shown(field.default)
+            yield prefix + name, " or ".join(type_names(field.annotation)), default, text
+
+
+def options(annotation: Any) -> tuple[Any, ...]:
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return typing.get_args(annotation)
+    return (annotation,)
+
+
+def is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def type_names(annotation: Any) -> Iterator[str]:
+    for option in options(annotation):
+        if typing.get_origin(option) is Literal:
+            yield from (f"`{value}`" for value in typing.get_args(option))
+        elif typing.get_origin(option) is not None:
+            yield {dict: "mapping", tuple: "pair", list: "list"}[typing.get_origin(option)]
+        elif option is not type(None):
+            name = option.__name__
+            yield {"str": "text", "float": "number", "int": "integer", "Path": "path"}.get(
+                name, name
+            )
+
+
+def shown(default: Any) -> str:
+    if default is None:
+        return "none"
+    if isinstance(default, tuple):
+        return f"`[{', '.join(map(str, default))}]`"
+    return f"`{str(default).lower() if isinstance(default, bool) else default}`"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
