@@ -55,7 +55,7 @@ prints the resolved config, the sizes, and how often each domain will be read.
 | --- | --- |
 | `loss` | mean cross-entropy of the updates since the last line, nats a token, without the balance loss |
 | `balance_loss` | mean balance loss as it enters the gradient |
-| `grad_norm`, `lr` | before clipping; of the last update |
+| `grad_norm`, `lr` | mean norm before clipping; rate of the last update |
 | `tokens_per_second` | of this process, while training: evaluating and saving are left out |
 | `mfu` | 6 x active parameters x tokens/s over the device's bf16 peak; null on a CPU |
 | `load_cv`, `load_max` | spread of routed rows over experts: deviation over mean, averaged over layers; the fullest expert over the mean (1 is even), worst layer |
