@@ -13,6 +13,7 @@ deterministic (stable sort, gathers and sums, no atomics). The algebra is that o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -29,10 +30,8 @@ def choose_backend(
     """Return the backend for these tensors and, where it is the loop, the reason in words."""
     compute = _compute_dtype(x_TD, gate_up_EJD)
     reason = why_not_grouped(compute, x_TD.device, tuple(down_EDI.shape[1:]))
-    if reason is None and torch.compiler.is_compiling():
-        if x_TD.device.type == "cpu" or compute != torch.bfloat16:
-            return "loop", None  # inductor lowers only bf16 on a GPU; the operator costs nothing
-    elif reason is None and not _aligned(gate_up_EJD, down_EDI):
+    # A traced tensor has no address: parameters of a compiled model are taken to be aligned.
+    if reason is None and not (torch.compiler.is_compiling() or _aligned(gate_up_EJD, down_EDI)):
         reason = f"the weights are not contiguous or not aligned to {ALIGNMENT} bytes"
     return ("grouped", None) if reason is None else ("loop", reason)
 
@@ -57,9 +56,12 @@ def experts(
         backend, _ = choose_backend(x_TD, gate_up_EJD, down_EDI)
     if x_TD.shape[0] == 0:
         backend = "loop"
-    out_TD: torch.Tensor = _Experts.apply(
-        x_TD, gate_up_EJD, down_EDI, ids_TK, weights_TK, activation, backend
-    )
+    compute = _compute_dtype(x_TD, gate_up_EJD)
+    arguments = (x_TD, gate_up_EJD, down_EDI, ids_TK, weights_TK, activation, backend, compute)
+    if torch.compiler.is_compiling():
+        out_TD: torch.Tensor = torch.ops.moesaic.experts(*arguments)[0]
+    else:
+        out_TD = _Experts.apply(*arguments)
     return out_TD
 
 
@@ -118,9 +120,6 @@ def _gate_backward(
 ) -> torch.Tensor:
     """Return dh_NJ of a = act(gate) * up, given da, act(gate) and h; overwrites `da_NI`."""
     gate_NI, up_NI = h_NJ.chunk(2, dim=1)
-    if torch.compiler.is_compiling():  # dynamo takes no strided `out=`, and fuses this anyway
-        d_gate_NI = _activation_backward(da_NI * up_NI, gate_NI, activation)
-        return torch.cat((d_gate_NI, da_NI * act_NI), dim=1)
     dh_NJ = torch.empty_like(h_NJ)
     d_gate_NI, d_up_NI = dh_NJ.chunk(2, dim=1)
     torch.mul(da_NI, act_NI, out=d_up_NI)
@@ -128,63 +127,160 @@ def _gate_backward(
     return dh_NJ
 
 
+def _forward(
+    x_TD: torch.Tensor,
+    gate_up_EJD: torch.Tensor,
+    down_EDI: torch.Tensor,
+    ids_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    activation: Activation,
+    backend: Backend,
+    compute: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return out_TD and what the backward pass needs besides the inputs: h_NJ, order_N, ends_E."""
+    top_k = ids_TK.shape[1]
+    order_N, ends_E = _sort_rows(ids_TK, gate_up_EJD.shape[0])
+    x_ND = x_TD.index_select(0, order_N // top_k).to(compute)
+    h_NJ = rows(x_ND, gate_up_EJD.to(compute).transpose(1, 2), ends_E, backend=backend)
+    del x_ND
+    gate_NI, up_NI = h_NJ.chunk(2, dim=1)
+    a_NI = activate(gate_NI, activation).mul_(up_NI)
+    # In place: a float32 weight times a bf16 row is computed in float32 and rounded once.
+    a_NI.mul_(weights_TK.reshape(-1).index_select(0, order_N).unsqueeze(1))
+    y_ND = rows(a_NI, down_EDI.to(compute).transpose(1, 2), ends_E, backend=backend)
+    return _combine(y_ND, _invert(order_N), top_k).to(x_TD.dtype), h_NJ, order_N, ends_E
+
+
+def _backward(
+    grad_TD: torch.Tensor,
+    saved: Sequence[torch.Tensor],
+    needs: Sequence[bool],
+    activation: Activation,
+    backend: Backend,
+    compute: torch.dtype,
+) -> list[torch.Tensor | None]:
+    """Return the gradients of x, gate_up, down and the routing weights; None where not `needs`."""
+    x_TD, gate_up_EJD, down_EDI, weights_TK, h_NJ, order_N, ends_E = saved
+    needs_x, needs_gate_up, needs_down, needs_weights = needs
+    top_k = weights_TK.shape[1]
+    token_N, inverse_N = order_N // top_k, _invert(order_N)
+    weight_N1 = weights_TK.reshape(-1).index_select(0, order_N).unsqueeze(1)
+    d_x = d_gate_up = d_down = d_weights = None
+
+    gate_NI, up_NI = h_NJ.chunk(2, dim=1)
+    act_NI = activate(gate_NI, activation)
+    a_NI = act_NI * up_NI
+    grad_ND = grad_TD.to(compute).index_select(0, token_N)
+    da_NI = rows(grad_ND, down_EDI.to(compute), ends_E, backend=backend)  # of weight * a
+    if needs_weights:
+        wide = torch.promote_types(compute, torch.float32)
+        d_weight_N = (da_NI * a_NI).sum(dim=1, dtype=wide).index_select(0, inverse_N)
+        d_weights = d_weight_N.view(weights_TK.shape).to(weights_TK.dtype)
+    if needs_down:
+        d_down = outer(grad_ND, a_NI.mul_(weight_N1), ends_E, backend=backend).to(down_EDI.dtype)
+    del a_NI, grad_ND
+    if needs_x or needs_gate_up:
+        dh_NJ = _gate_backward(da_NI.mul_(weight_N1), act_NI, h_NJ, activation)
+        del da_NI, act_NI
+        if needs_x:
+            dx_ND = rows(dh_NJ, gate_up_EJD.to(compute), ends_E, backend=backend)
+            d_x = _combine(dx_ND, inverse_N, top_k).to(x_TD.dtype)
+            del dx_ND
+        if needs_gate_up:
+            x_ND = x_TD.index_select(0, token_N).to(compute)
+            d_gate_up = outer(dh_NJ, x_ND, ends_E, backend=backend).to(gate_up_EJD.dtype)
+    return [d_x, d_gate_up, d_down, d_weights]
+
+
+def _needs(ctx: Any) -> list[bool]:
+    x, gate_up, down, _, weights = ctx.needs_input_grad[:5]
+    return [x, gate_up, down, weights]
+
+
 class _Experts(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x_TD: torch.Tensor,
-        gate_up_EJD: torch.Tensor,
-        down_EDI: torch.Tensor,
-        ids_TK: torch.Tensor,
-        weights_TK: torch.Tensor,
-        activation: Activation,
-        backend: Backend,
-    ) -> torch.Tensor:
-        compute, top_k = _compute_dtype(x_TD, gate_up_EJD), ids_TK.shape[1]
-        order_N, ends_E = _sort_rows(ids_TK, gate_up_EJD.shape[0])
-        x_ND = x_TD.index_select(0, order_N // top_k).to(compute)
-        h_NJ = rows(x_ND, gate_up_EJD.to(compute).transpose(1, 2), ends_E, backend=backend)
-        del x_ND
-        gate_NI, up_NI = h_NJ.chunk(2, dim=1)
-        a_NI = activate(gate_NI, activation).mul_(up_NI)
-        # In place: a float32 weight times a bf16 row is computed in float32 and rounded once.
-        a_NI.mul_(weights_TK.reshape(-1).index_select(0, order_N).unsqueeze(1))
-        y_ND = rows(a_NI, down_EDI.to(compute).transpose(1, 2), ends_E, backend=backend)
-        ctx.save_for_backward(x_TD, gate_up_EJD, down_EDI, weights_TK, h_NJ, order_N, ends_E)
-        ctx.activation, ctx.backend, ctx.compute, ctx.top_k = activation, backend, compute, top_k
-        return _combine(y_ND, _invert(order_N), top_k).to(x_TD.dtype)
+    def forward(ctx: Any, *arguments: Any) -> torch.Tensor:
+        out_TD, *kept = _forward(*arguments)
+        x_TD, gate_up_EJD, down_EDI, _, weights_TK, *ctx.how = arguments
+        ctx.save_for_backward(x_TD, gate_up_EJD, down_EDI, weights_TK, *kept)
+        return out_TD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x_TD, gate_up_EJD, down_EDI, weights_TK, h_NJ, order_N, ends_E = ctx.saved_tensors
-        needs_x, needs_gate_up, needs_down, _, needs_weights = ctx.needs_input_grad[:5]
-        backend, compute, top_k = ctx.backend, ctx.compute, ctx.top_k
-        token_N, inverse_N = order_N // top_k, _invert(order_N)
-        weight_N1 = weights_TK.reshape(-1).index_select(0, order_N).unsqueeze(1)
-        d_x = d_gate_up = d_down = d_weights = None
+        d_x, d_gate_up, d_down, d_weights = _backward(
+            grad_TD, ctx.saved_tensors, _needs(ctx), *ctx.how
+        )
+        return d_x, d_gate_up, d_down, None, d_weights, None, None, None
 
-        gate_NI, up_NI = h_NJ.chunk(2, dim=1)
-        act_NI = activate(gate_NI, ctx.activation)
-        a_NI = act_NI * up_NI
-        grad_ND = grad_TD.to(compute).index_select(0, token_N)
-        da_NI = rows(grad_ND, down_EDI.to(compute), ends_E, backend=backend)  # of weight * a
-        if needs_weights:
-            wide = torch.promote_types(compute, torch.float32)
-            d_weight_N = (da_NI * a_NI).sum(dim=1, dtype=wide).index_select(0, inverse_N)
-            d_weights = d_weight_N.view(weights_TK.shape).to(weights_TK.dtype)
-        if needs_down:
-            d_down = outer(grad_ND, a_NI.mul_(weight_N1), ends_E, backend=backend)
-            d_down = d_down.to(down_EDI.dtype)
-        del a_NI, grad_ND
-        if needs_x or needs_gate_up:
-            dh_NJ = _gate_backward(da_NI.mul_(weight_N1), act_NI, h_NJ, ctx.activation)
-            del da_NI, act_NI
-            if needs_x:
-                dx_ND = rows(dh_NJ, gate_up_EJD.to(compute), ends_E, backend=backend)
-                d_x = _combine(dx_ND, inverse_N, top_k).to(x_TD.dtype)
-                del dx_ND
-            if needs_gate_up:
-                x_ND = x_TD.index_select(0, token_N).to(compute)
-                d_gate_up = outer(dh_NJ, x_ND, ends_E, backend=backend).to(gate_up_EJD.dtype)
-        return d_x, d_gate_up, d_down, None, d_weights, None, None
+
+# Under torch.compile both passes are opaque operators: no graph can hold the loop's lengths, and
+# dynamo of torch 2.11 gave zero gradients for the Function above (measured). The schemas are
+# written out because annotations are strings in this file.
+_HOW = "str activation, str backend, ScalarType compute"
+_forward_op = torch.library.custom_op(
+    "moesaic::experts",
+    _forward,
+    mutates_args=(),
+    schema=f"(Tensor x, Tensor gate_up, Tensor down, Tensor ids, Tensor weights, {_HOW}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.custom_op(
+    "moesaic::experts_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, Tensor[] saved, bool[] needs, {_HOW}) -> Tensor[]",
+)
+def _backward_op(
+    grad: torch.Tensor, saved: list[torch.Tensor], needs: list[bool], *how: Any
+) -> list[torch.Tensor]:
+    gradients = _backward(grad, saved, needs, *how)
+    return [grad.new_empty(0) if gradient is None else gradient for gradient in gradients]
+
+
+@_forward_op.register_fake
+def _forward_shapes(
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    activation: str,
+    backend: str,
+    compute: torch.dtype,
+) -> tuple[torch.Tensor, ...]:
+    rows_N = ids.numel()
+    h_NJ = x.new_empty(rows_N, gate_up.shape[1], dtype=compute)
+    order_N, ends_E = (ids.new_empty(n, dtype=torch.int32) for n in (rows_N, gate_up.shape[0]))
+    return x.new_empty(x.shape), h_NJ, order_N, ends_E
+
+
+@_backward_op.register_fake
+def _backward_shapes(
+    grad: torch.Tensor, saved: list[torch.Tensor], needs: list[bool], *how: Any
+) -> list[torch.Tensor]:
+    return [
+        torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        if needed
+        else grad.new_empty(0)
+        for tensor, needed in zip(saved[:4], needs, strict=True)
+    ]
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    x_TD, gate_up_EJD, down_EDI, _, weights_TK, *ctx.how = inputs
+    ctx.save_for_backward(x_TD, gate_up_EJD, down_EDI, weights_TK, *output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward_through_op(ctx: Any, grad_TD: torch.Tensor, *unused: Any) -> tuple[Any, ...]:
+    needs = _needs(ctx)
+    gradients = torch.ops.moesaic.experts_backward(grad_TD, ctx.saved_tensors, needs, *ctx.how)
+    d_x, d_gate_up, d_down, d_weights = (
+        gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)
+    )
+    return d_x, d_gate_up, d_down, None, d_weights, None, None, None
+
+
+_forward_op.register_autograd(_backward_through_op, setup_context=_save_for_backward)

@@ -84,29 +84,3 @@ def _loop_outer(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.T
             out[expert].zero_()
         start = end
     return out
-
-
-# The loop's lengths are data, which no graph can hold: under torch.compile each loop is one opaque
-# operator. The schemas are written out because annotations are strings in this file.
-_rows_op = torch.library.custom_op(
-    "moesaic::loop_rows",
-    _loop_rows,
-    mutates_args=(),
-    schema="(Tensor a, Tensor w, Tensor ends) -> Tensor",
-)
-_outer_op = torch.library.custom_op(
-    "moesaic::loop_outer",
-    _loop_outer,
-    mutates_args=(),
-    schema="(Tensor a, Tensor b, Tensor ends) -> Tensor",
-)
-
-
-@_rows_op.register_fake
-def _rows_shape(a: torch.Tensor, w: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    return a.new_empty(a.shape[0], w.shape[2])
-
-
-@_outer_op.register_fake
-def _outer_shape(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    return a.new_empty(ends.shape[0], a.shape[1], b.shape[1])
