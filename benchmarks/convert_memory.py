@@ -3,9 +3,9 @@
     python benchmarks/convert_memory.py /work/tmp_7b --rounds 3
 
 Builds a checkpoint of random bf16 weights in the given folder (13.5 GB; 41 GB are needed at the
-peak, everything is deleted at the end), then alternates, each from a cold cache: `cp -r` of the same
-files followed by `sync`, and `moesaic convert --split random` followed by `sync`. RssAnon of the
-converting process is sampled from /proc every 10 ms. Writes one JSON object to standard output.
+peak, everything is deleted at the end), then alternates, each from a cold cache: `cp -r` of the
+same files followed by `sync`, and `moesaic convert --split random` followed by `sync`. RssAnon of
+the converting process is sampled from /proc every 10 ms. Writes one JSON object to standard output.
 """
 
 from __future__ import annotations

@@ -12,12 +12,20 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from moesaic.construct.convert import convert
 from moesaic.construct.splits import SPLITS
 from moesaic.core.lineage import read_lineage
 
 MODELS = (("stories260K-hf", 4), ("dense-14m", 8), ("dense-14m", 16))
+
+
+def variants(name: str) -> list[tuple[dict[str, Any], int]]:
+    """Settings and number of shared experts to try a split with."""
+    if name == "sharing-inter":
+        return [({"share": True}, 1), ({"share": False}, 1)]
+    return [({}, 0), ({}, 1)] if SPLITS.get(name).makes_shared else [({}, 0)]
 
 
 def main(checkpoints: Path, corpus: Path) -> None:
@@ -31,21 +39,22 @@ def main(checkpoints: Path, corpus: Path) -> None:
                 if name == "imported":  # reads a split that another program made
                     continue
                 method = SPLITS.get(name)
-                for shared in (0, 1) if method.makes_shared else (0,):
-                    if name == "sharing-inter" and not shared:
-                        continue
+                for settings, shared in variants(name):
                     started = time.monotonic()
                     path = convert(
                         checkpoints / model,
-                        out=Path(folder) / f"{model}-{experts}-{name}-{shared}",
-                        split=name,
+                        out=Path(folder) / f"{time.monotonic_ns()}",
+                        split={"method": name, **settings},
                         experts=experts,
                         shared=shared,
                         top_k=experts // 4 + shared,
                         data=data if method.needs_data else None,
                     )
                     lineage = read_lineage(path) or {}
-                    title = f"{name}, {shared} shared" if shared else name
+                    title = ", ".join(
+                        [name, *(f"{key} {value}" for key, value in settings.items())]
+                        + [f"{shared} shared expert"] * shared
+                    )
                     print(
                         f"| {model} | {experts} | {title} | {'yes' if lineage['exact'] else 'no'} "
                         f"| {lineage['neurons_covered']:.1%} | {lineage['difference']:.1e} "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def test_any_order_of_writes_gives_the_same_file(
     size = 150_001
     data = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
     cuts = sorted({0, size, *np.random.default_rng(2).integers(0, size, 25).tolist(), 8192, 16384})
-    parts = list(zip(cuts, cuts[1:], strict=False))
+    parts = list(itertools.pairwise(cuts))
     if order == "backward":
         parts.reverse()
     if order == "shuffled":
