@@ -738,6 +738,7 @@ class LlamaMoEModel(LlamaMoEPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        given_positions = position_ids
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
@@ -750,7 +751,9 @@ class LlamaMoEModel(LlamaMoEPreTrainedModel):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
-            position_ids=position_ids,
+            # Only positions of the caller's can mark packed sequences; looking for those in ours
+            # would make a GPU wait.
+            position_ids=given_positions,
         )
         valid_T = (
             None if self.config.count_padding else _valid_tokens(attention_mask, inputs_embeds)

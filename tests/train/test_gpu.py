@@ -16,9 +16,9 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("build", [models.dense, models.llama_moe])
-def test_an_update_does_not_wait_for_the_device(build):
-    model = build().cuda().train()
+def test_an_update_does_not_wait_for_the_device():
+    # Of our own model: transformers' LLaMA looks for packed sequences on the host in every pass.
+    model = models.llama_moe().cuda().train()
     optimizer = Optimizer(model, OptimizerConfig())
     run_pass = build_pass(model)
     ids = torch.randint(0, 64, (2, 2, 12), device="cuda")
