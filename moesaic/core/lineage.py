@@ -10,11 +10,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from moesaic import __version__
 from moesaic.core.errors import UserError
 from moesaic.core.files import write_text
 
 FILE_NAME = "moesaic.json"
-_PACKAGES = ("moesaic", "torch", "transformers", "numpy", "safetensors")
+_PACKAGES = ("torch", "transformers", "numpy", "safetensors")
 
 
 def write_lineage(
@@ -60,7 +61,7 @@ def read_lineage(directory: Path | str) -> dict[str, Any] | None:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide a result."""
-    found = {"python": sys.version.split()[0]}
+    found = {"python": sys.version.split()[0], "moesaic": __version__}
     for package in _PACKAGES:
         try:
             found[package] = version(package)

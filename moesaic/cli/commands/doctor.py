@@ -22,6 +22,8 @@ def command(json: JsonOption = False) -> None:
     """
     from moesaic.core.errors import MoesaicError
 
+    if _installed("moesaic") is None:
+        raise MoesaicError("moesaic runs from its source folder, not installed: pip install -e .")
     checks = [_python(), *_packages(), *_extras(), *_devices(), *_kernels()]
 
     def render() -> None:
