@@ -74,7 +74,8 @@ class LayerStream:
         with torch.device("meta"):
             module = LlamaDecoderLayer(self.config, layer)
         start = f"{self.dense.prefix}layers.{layer}."
-        names = [*self.dense.others(layer), *self.dense.ffn(layer)]
+        biases = self.dense.biases(layer) or ()
+        names = [*self.dense.others(layer), *self.dense.ffn(layer), *biases]
         weights = {name.removeprefix(start): self.dense.read(name).float() for name in names}
         module.load_state_dict(weights, assign=True, strict=True)
         return module.eval()

@@ -11,7 +11,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from moesaic.construct.dense import DenseModel
 from moesaic.construct.router import RouterInit
@@ -24,7 +26,6 @@ _DROPPED = (
     "architectures",
     "auto_map",
     "model_type",
-    "mlp_bias",
     "sliding_window",
     "pretraining_tp",
     "transformers_version",
@@ -51,6 +52,7 @@ _ALWAYS_KEPT = (
     "tie_word_embeddings",
     "attention_bias",
     "attention_dropout",
+    "mlp_bias",
 )
 
 
@@ -83,19 +85,36 @@ class Blueprint:
         inner = "mlp.moe_layer." if self.split.num_shared else "mlp."
         return f"{self.prefix}layers.{layer}.{inner}"
 
+    def blocks(self, layer: int) -> list[tuple[str, list[NDArray[np.int64]]]]:
+        """What precedes `calculator.`, and the experts there: the routed, then the shared ones."""
+        routed = [(self.mlp(layer), self.split.experts[layer])]
+        if not self.split.num_shared:
+            return routed
+        block = f"{self.prefix}layers.{layer}.mlp.residual_block."
+        return [*routed, (block, self.split.shared[layer])]
+
     def expert_names(self, layer: int) -> Iterator[tuple[str, str, str]]:
         """Names of gate, up and down of every expert of a layer, shared ones last."""
-        starts = [(self.mlp(layer), len(self.split.experts[layer]))]
-        if self.split.num_shared:
-            block = f"{self.prefix}layers.{layer}.mlp.residual_block."
-            starts.append((block, self.split.num_shared))
-        for start, count in starts:
-            for expert in range(count):
-                gate, up, down = (
-                    f"{start}calculator.experts.weight_{kind}.{expert}"
-                    for kind in ("gate", "up", "down")
-                )
-                yield gate, up, down
+        for start, experts in self.blocks(layer):
+            for expert in range(len(experts)):
+                name = f"{start}calculator.experts.weight_"
+                yield f"{name}gate.{expert}", f"{name}up.{expert}", f"{name}down.{expert}"
+
+    def bias_tensors(
+        self, layer: int, gate_F: torch.Tensor, up_F: torch.Tensor, down_D: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """The biases of a layer under their final names, from those of the dense layer.
+
+        down's bias belongs to no neuron: it goes to the routed block, the shared one adds nothing.
+        """
+        tensors: dict[str, torch.Tensor] = {}
+        for place, (start, experts) in enumerate(self.blocks(layer)):
+            for kind, bias_F in (("gate", gate_F), ("up", up_F)):
+                for expert, ids in enumerate(experts):
+                    name = f"{start}calculator.experts.bias_{kind}.{expert}"
+                    tensors[name] = bias_F[torch.from_numpy(ids)]
+            tensors[f"{start}calculator.bias_down"] = down_D if place == 0 else 0 * down_D
+        return tensors
 
     def router_tensors(self, layer: int) -> dict[str, torch.Tensor]:
         """The router weights of a layer under their final names, in the checkpoint's type."""
@@ -107,7 +126,7 @@ class Blueprint:
         }
         shared = self.router.shared[layer]
         if shared is not None:
-            block = f"{self.prefix}layers.{layer}.mlp.residual_block."
+            block = self.blocks(layer)[1][0]
             tensors[f"{block}gate.gate_network.weight"] = shared
         return {name: tensor.to(self.experts_dtype) for name, tensor in tensors.items()}
 
@@ -123,7 +142,13 @@ class Blueprint:
             for names, ids in zip(self.expert_names(layer), every, strict=True):
                 wide, tall = (len(ids), self.dense.hidden), (self.dense.hidden, len(ids))
                 plan += zip(names, dtypes, (wide, wide, tall), strict=True)
-            plan += [(n, t.dtype, tuple(t.shape)) for n, t in self.router_tensors(layer).items()]
+            small = self.router_tensors(layer)
+            if names_of := self.dense.biases(layer):
+                empty = [
+                    torch.empty(checkpoint.shape(n), dtype=checkpoint.dtype(n)) for n in names_of
+                ]
+                small = self.bias_tensors(layer, *empty) | small
+            plan += [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in small.items()]
         return plan + [self._same(name) for name in after]
 
     def _same(self, name: str) -> Planned:
@@ -135,7 +160,8 @@ class Blueprint:
         widths = [[len(ids) for ids in layer] for layer in self.split.experts]
         total = sum(math.prod(shape) for _, _, shape in self.plan())
         idle_share = 1 - self.config["num_selects"] / self.split.num_experts
-        idle = sum(3 * self.dense.hidden * sum(layer) * idle_share for layer in widths)
+        weights = 3 * self.dense.hidden + (2 if self.config.get("mlp_bias") else 0)
+        idle = sum(weights * sum(layer) * idle_share for layer in widths)
         return {
             "layers": self.dense.layers,
             "experts": self.split.num_experts + self.split.num_shared,

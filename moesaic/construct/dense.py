@@ -64,10 +64,18 @@ class DenseModel:
         start = f"{self.prefix}layers.{layer}.mlp."
         return f"{start}gate_proj.weight", f"{start}up_proj.weight", f"{start}down_proj.weight"
 
+    def biases(self, layer: int) -> tuple[str, str, str] | None:
+        """Names of the biases of gate_proj, up_proj and down_proj, where the model has them."""
+        if not self.config.get("mlp_bias"):
+            return None
+        gate, up, down = (f"{name.removesuffix('weight')}bias" for name in self.ffn(layer))
+        return gate, up, down
+
     def others(self, layer: int) -> list[str]:
         """Names of the other tensors of a layer: attention and norms."""
         names = list(_layer_shapes(self.config, f"{self.prefix}layers.{layer}."))
-        return [name for name in names if name not in self.ffn(layer)]
+        inside = {*self.ffn(layer), *(self.biases(layer) or ())}
+        return [name for name in names if name not in inside]
 
     def outer(self) -> tuple[list[str], list[str]]:
         """Names of the tensors before and after the layers: embeddings; norm and head."""
@@ -94,8 +102,8 @@ def open_dense(path: Path | str) -> DenseModel:
 
     Raises:
         UserError: a missing or truncated file, another kind of model, a sliding window that is in
-            use, biases in the feed-forward layers, quantised weights, tensors that are missing,
-            unknown or of another shape than the config says.
+            use, quantised weights, tensors that are missing, unknown or of another shape than the
+            config says.
     """
     checkpoint = Checkpoint(path)
     config = resolve_config(checkpoint)
@@ -151,11 +159,6 @@ def resolve_config(checkpoint: Checkpoint) -> dict[str, Any]:
         )
     if given.get("quantization_config"):
         raise UserError(f"{checkpoint.path} is quantised. Give the bf16, fp16 or fp32 checkpoint.")
-    if given.get("mlp_bias"):
-        raise UserError(
-            f"{checkpoint.path} has mlp_bias=true, but experts have no bias. "
-            "Give a LLaMA without biases in its feed-forward layers."
-        )
     from transformers import LlamaConfig, MistralConfig
 
     family = LlamaConfig if kind == "llama" else MistralConfig
@@ -221,6 +224,10 @@ def _layer_shapes(config: Mapping[str, Any], start: str) -> dict[str, tuple[int,
     shapes[f"{start}mlp.gate_proj.weight"] = (width, hidden)
     shapes[f"{start}mlp.up_proj.weight"] = (width, hidden)
     shapes[f"{start}mlp.down_proj.weight"] = (hidden, width)
+    if config.get("mlp_bias"):
+        shapes[f"{start}mlp.gate_proj.bias"] = (width,)
+        shapes[f"{start}mlp.up_proj.bias"] = (width,)
+        shapes[f"{start}mlp.down_proj.bias"] = (hidden,)
     return shapes
 
 

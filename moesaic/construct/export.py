@@ -23,7 +23,7 @@ from moesaic.construct.split import FILE_NAME as SPLIT_FILE
 from moesaic.construct.split import NeuronSplit
 from moesaic.core.console import note, track
 from moesaic.core.errors import MoesaicError, UserError
-from moesaic.core.files import check_output, output_directory, write_text
+from moesaic.core.files import check_step, output_directory, write_text
 from moesaic.core.lineage import write_lineage
 from moesaic.measure.exactness import FeedForward, fixed_tokens, is_exact, layer_difference
 from moesaic.models.checkpoint import Checkpoint, CheckpointWriter, copy_companions
@@ -84,7 +84,7 @@ def export(
         UserError: not a LLaMA-MoE, damaged files, NaN, or routing that has no uniform score.
         MoesaicError: no space left, or a result that differs from the mixture.
     """
-    model, out = Path(model), check_output(out, overwrite=overwrite)
+    model, out = Path(model), check_step(out, overwrite=overwrite, inputs=[model])
     checkpoint = Checkpoint(model)
     config = checkpoint.config
     if config.get("model_type") not in _FAMILIES:
@@ -94,9 +94,11 @@ def export(
         )
     if scores not in ("off", "uniform"):
         raise UserError(f"scores={scores!r} was given. Use one of: off, uniform.")
-    if config.get("use_weighting") or config.get("mlp_bias"):
-        field = "use_weighting" if config.get("use_weighting") else "mlp_bias"
-        raise UserError(f"{model} has {field}=true, which a dense layer cannot hold. It stays MoE.")
+    if config.get("use_weighting"):
+        raise UserError(
+            f"{model} has use_weighting=true: weights that depend on the token, which no dense "
+            "layer has. Only mixtures with use_weighting=false can be exported."
+        )
     mixture = _open(checkpoint, scores)
     if scores == "off" and config.get("multiply_gate_scores", True):
         note(
@@ -112,7 +114,10 @@ def export(
                 writer.write(mixture.dense_name(name), mixture.read(name))
             for layer in track(range(mixture.layers), "exporting layers"):
                 experts, dense = mixture.layer(layer)
-                for name, tensor in zip(mixture.dense_names(layer), dense, strict=True):
+                tensors = [tensor for tensor in dense if tensor is not None]
+                if mixture.biased:
+                    tensors.append(mixture.down_bias(layer))
+                for name, tensor in zip(mixture.dense_names(layer), tensors, strict=True):
                     writer.write(name, tensor)
                 found = layer_difference(
                     dense, experts, activation=mixture.activation, x_TD=mixture.x_TD
@@ -161,6 +166,10 @@ class _Mixture:
         return int(self.checkpoint.config["hidden_size"])
 
     @property
+    def biased(self) -> bool:
+        return bool(self.checkpoint.config.get("mlp_bias"))
+
+    @property
     def width(self) -> int:
         """F: neurons of the widest layer."""
         return max(sum(sum(p.widths[i]) for p in self.parts) for i in range(self.layers))
@@ -203,18 +212,28 @@ class _Mixture:
         return name
 
     def dense_names(self, layer: int) -> list[str]:
-        """Names of gate_proj, up_proj and down_proj of a layer of the dense model."""
+        """Names of gate_proj, up_proj and down_proj of a dense layer; then of their biases."""
         start = self.dense_name(f"{self.prefix}layers.{layer}.mlp.")
-        return [f"{start}{kind}_proj.weight" for kind in ("gate", "up", "down")]
+        kinds = ("weight", "bias") if self.biased else ("weight",)
+        return [f"{start}{part}_proj.{kind}" for kind in kinds for part in ("gate", "up", "down")]
 
-    def expert_names(self, layer: int) -> list[tuple[str, str, str]]:
-        """Names of gate, up and down of every expert of a layer, shared ones last."""
+    def expert_names(self, layer: int) -> list[list[str]]:
+        """Names of gate, up and down of every expert of a layer, shared ones last; then biases."""
+        kinds = ["weight_gate", "weight_up", "weight_down"]
+        kinds += ["bias_gate", "bias_up"] if self.biased else []
         starts = [
-            (f"{self.prefix}layers.{layer}.mlp.{part.start}calculator.experts.weight_", expert)
+            (f"{self.prefix}layers.{layer}.mlp.{part.start}calculator.experts.", expert)
             for part in self.parts
             for expert in range(len(part.widths[layer]))
         ]
-        return [(f"{s}gate.{e}", f"{s}up.{e}", f"{s}down.{e}") for s, e in starts]
+        return [[f"{start}{kind}.{expert}" for kind in kinds] for start, expert in starts]
+
+    def down_bias(self, layer: int) -> torch.Tensor:
+        """The bias of down_proj: the blocks' biases, which are added whatever the scores."""
+        start = f"{self.prefix}layers.{layer}.mlp."
+        names = [f"{start}{part.start}calculator.bias_down" for part in self.parts]
+        biases = [self.read(name) for name in names]
+        return torch.stack([bias.float() for bias in biases]).sum(0).to(biases[0])
 
     def plan(self) -> list[Planned]:
         """Name, type and shape of every tensor of the dense model."""
@@ -222,10 +241,14 @@ class _Mixture:
         plan: list[Planned] = [
             (self.dense_name(name), stored.dtype(name), stored.shape(name)) for name in self.kept()
         ]
-        shapes = ((self.width, self.hidden), (self.width, self.hidden), (self.hidden, self.width))
+        wide, tall = (self.width, self.hidden), (self.hidden, self.width)
+        shapes = (wide, wide, tall, (self.width,), (self.width,), (self.hidden,))
         for layer in range(self.layers):
             dtypes = [stored.dtype(name) for name in self.expert_names(layer)[0]]
-            plan += zip(self.dense_names(layer), dtypes, shapes, strict=True)
+            dtypes.append(dtypes[-1])  # down's bias, where there is one, as the other biases
+            names = self.dense_names(layer)
+            count = len(names)
+            plan += zip(names, dtypes[:count], shapes[:count], strict=True)
         return plan
 
     def layer(self, layer: int) -> tuple[list[FeedForward], FeedForward]:
@@ -233,18 +256,22 @@ class _Mixture:
         factors = [part.weights[layer] for part in self.parts for _ in part.widths[layer]]
         experts: list[FeedForward] = []
         for names, factor in zip(self.expert_names(layer), factors, strict=True):
-            gate, up, down = (self.read(name) for name in names)
-            experts.append((gate, up, down if factor == 1 else (down.float() * factor).to(down)))
-        gates, ups, downs = zip(*experts, strict=True)
-        made = [torch.cat(gates), torch.cat(ups), torch.cat(downs, dim=1)]
-        for place, dim in enumerate((0, 0, 1)):
+            expert = FeedForward(*(self.read(name) for name in names))
+            if factor != 1:
+                down = (expert.down_DF.float() * factor).to(expert.down_DF)
+                expert = expert._replace(down_DF=down)
+            experts.append(expert)
+        dims = (0, 0, 1, 0, 0)[: 5 if self.biased else 3]
+        every: list[Any] = experts
+        made = [torch.cat([expert[i] for expert in every], dim) for i, dim in enumerate(dims)]
+        for place, dim in enumerate(dims):
             if self.orders is not None:
                 made[place] = made[place].index_select(dim, self.orders[layer])
             lacking = list(made[place].shape)
             lacking[dim] = self.width - lacking[dim]
             if lacking[dim]:
                 made[place] = torch.cat([made[place], made[place].new_zeros(lacking)], dim)
-        return experts, (made[0], made[1], made[2])
+        return experts, FeedForward(*made)
 
     def dense_config(self) -> dict[str, Any]:
         """The config.json of the dense model."""

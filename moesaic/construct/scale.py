@@ -50,6 +50,11 @@ def layer_scales(
             "scale=layerwise is not defined for a split with shared experts. "
             "Give a number as scale, or a split without shared experts."
         )
+    if dense.config.get("mlp_bias"):
+        raise UserError(
+            "scale=layerwise is not defined for feed-forward layers with biases, which no factor "
+            "scales. Give a number as scale."
+        )
     ids_BC = text_sample(dense.checkpoint.path, data, tokens=tokens, context=context)
     stream = LayerStream(dense, context=context)
     dense_BCD = mixture_BCD = stream.embed(ids_BC)

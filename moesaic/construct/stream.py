@@ -70,7 +70,7 @@ class _Slot:
             gate, up, down = (
                 flat[start * self.hidden : (start + width) * self.hidden] for flat in self._flat
             )
-            made.append((gate.view(width, -1), up.view(width, -1), down.view(-1, width)))
+            made.append(FeedForward(gate.view(width, -1), up.view(width, -1), down.view(-1, width)))
             start += width
         return made
 
@@ -109,7 +109,7 @@ def write_experts(
         def read(layer: int) -> Future[dict[str, torch.Tensor]]:
             slot = slots[layer % len(slots)]
             slot.wait()
-            names = [*dense.ffn(layer), *dense.others(layer)]
+            names = [*dense.ffn(layer), *(dense.biases(layer) or ()), *dense.others(layer)]
             return reading.submit(dense.checkpoint.fetch, names, slot.dense)
 
         coming = read(0)
@@ -120,17 +120,24 @@ def write_experts(
             slot = slots[layer % len(slots)]
             for name, tensor in tensors.items():
                 dense.check_finite(name, tensor)
-            gate, up, down = (tensors.pop(name) for name in dense.ffn(layer))
+            source = FeedForward(*(tensors.pop(name) for name in dense.ffn(layer)))
             experts = slot.experts(widths[layer])
-            rearrange((gate, up, down), _every(blueprint, layer), experts)
+            rearrange(source, _every(blueprint, layer), experts)
+            small = blueprint.router_tensors(layer)
+            if names_of := dense.biases(layer):
+                biases = [tensors.pop(name) for name in names_of]
+                source = source._replace(gate_bias_F=biases[0], up_bias_F=biases[1])
+                arranged = blueprint.bias_tensors(layer, *biases)
+                experts = _with_biases(experts, arranged)
+                small = arranged | small
             made = {blueprint.renamed(name): tensor for name, tensor in tensors.items()}
             for names, parts in zip(blueprint.expert_names(layer), experts, strict=True):
-                made |= dict(zip(names, parts, strict=True))
-            made |= blueprint.router_tensors(layer)
+                made |= dict(zip(names, parts[:3], strict=True))
+            made |= small
             slot.users.append(writing.submit(_write, writer, made).result)
             if compare:
                 compared = begin_layer_difference(
-                    (gate, up, down),
+                    source,
                     experts,
                     activation=dense.activation,
                     x_TD=x_TD,
@@ -166,21 +173,33 @@ def rearrange(
     source: FeedForward, experts: Sequence[NDArray[np.int64]], out: Sequence[FeedForward]
 ) -> None:
     """Fill the tensors of every expert with its rows of gate and up and its columns of down."""
-    gate_FD, up_FD, down_DF = (_bits(tensor) for tensor in source)
+    gate_FD, up_FD, down_DF = (_bits(tensor) for tensor in source[:3])
     ids = [torch.from_numpy(expert) for expert in experts]
-    for expert, (gate_ID, up_ID, _) in zip(ids, out, strict=True):
-        torch.index_select(gate_FD, 0, expert, out=_bits(gate_ID))
-        torch.index_select(up_FD, 0, expert, out=_bits(up_ID))
+    for expert, made in zip(ids, out, strict=True):
+        torch.index_select(gate_FD, 0, expert, out=_bits(made.gate_FD))
+        torch.index_select(up_FD, 0, expert, out=_bits(made.up_FD))
     # All experts from one block of rows before the next block: the block stays in the cache.
     for start in range(0, len(down_DF), _ROWS):
         block = down_DF[start : start + _ROWS]
-        for expert, (_, _, down_DI) in zip(ids, out, strict=True):
-            torch.index_select(block, 1, expert, out=_bits(down_DI)[start : start + _ROWS])
+        for expert, made in zip(ids, out, strict=True):
+            torch.index_select(block, 1, expert, out=_bits(made.down_DF)[start : start + _ROWS])
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     # Moving bits is the same for every type, and torch moves integers faster than bf16.
     return tensor.view(_SAME_WIDTH[tensor.dtype.itemsize])
+
+
+def _with_biases(
+    experts: list[FeedForward], arranged: dict[str, torch.Tensor]
+) -> list[FeedForward]:
+    # In `arranged` experts follow one another as in `experts`, for the gate and for the up biases.
+    gates = [bias for name, bias in arranged.items() if ".bias_gate." in name]
+    ups = [bias for name, bias in arranged.items() if ".bias_up." in name]
+    return [
+        expert._replace(gate_bias_F=gate, up_bias_F=up)
+        for expert, gate, up in zip(experts, gates, ups, strict=True)
+    ]
 
 
 def _write(writer: CheckpointWriter, tensors: dict[str, torch.Tensor]) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,8 +20,23 @@ from moesaic.core.errors import MoesaicError
 from moesaic.models.checkpoint import Checkpoint
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
-FeedForward = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""gate_proj [F, D], up_proj [F, D], down_proj [D, F]."""
+
+
+class FeedForward(NamedTuple):
+    """down(act(gate x + gate_bias) * (up x + up_bias)), without down's own bias."""
+
+    gate_FD: torch.Tensor
+    up_FD: torch.Tensor
+    down_DF: torch.Tensor
+    gate_bias_F: torch.Tensor | None = None
+    up_bias_F: torch.Tensor | None = None
+
+    def part(self, start: int, stop: int) -> FeedForward:
+        """The neurons from `start` up to `stop`."""
+        one, two = (None if b is None else b[start:stop] for b in self[3:])
+        rows, columns = slice(start, stop), (slice(None), slice(start, stop))
+        return FeedForward(self.gate_FD[rows], self.up_FD[rows], self.down_DF[columns], one, two)
+
 
 TOLERANCE = 1e-4
 """Largest difference, relative to the largest value (but not to less than 1), called exact."""
@@ -37,21 +52,22 @@ def fixed_tokens(hidden: int, *, tokens: int = 256) -> torch.Tensor:
 
 @torch.inference_mode()
 def feed_forward(x_TD: torch.Tensor, weights: FeedForward, activation: Activation) -> torch.Tensor:
-    """down(act(gate x) * up x) in float32, [T, D], a block of neurons at a time.
+    """Output of a feed-forward layer in float32, [T, D], a block of neurons at a time.
 
     Only a block is ever copied to float32, so the weights may be mapped from a file.
     """
-    gate_FD, up_FD, down_DF = weights
-    width, hidden = gate_FD.shape
+    width, hidden = weights.gate_FD.shape
     out_TD = torch.zeros(len(x_TD), hidden)
     step = math.ceil(width / math.ceil(width / _BLOCK))
     rows, columns = torch.empty(step, hidden), torch.empty(hidden, step)
     for start in range(0, width, step):
-        part = slice(start, min(start + step, width))
-        size = part.stop - part.start
-        neurons_TI = activation(x_TD @ rows[:size].copy_(gate_FD[part]).T)
-        neurons_TI *= x_TD @ rows[:size].copy_(up_FD[part]).T
-        out_TD.addmm_(neurons_TI, columns[:, :size].copy_(down_DF[:, part]).T)
+        gate, up, down, gate_bias, up_bias = weights.part(start, min(start + step, width))
+        size = len(gate)
+        gate_TI = x_TD @ rows[:size].copy_(gate).T
+        gate_TI = activation(gate_TI if gate_bias is None else gate_TI + gate_bias.float())
+        up_TI = x_TD @ rows[:size].copy_(up).T
+        gate_TI *= up_TI if up_bias is None else up_TI + up_bias.float()
+        out_TD.addmm_(gate_TI, columns[:, :size].copy_(down).T)
     return out_TD
 
 
@@ -84,9 +100,9 @@ def begin_layer_difference(
     worker has a part; the parts' outputs add up.
     """
     share = max(1, workers // 2)
-    width = dense[0].shape[0]
+    width = len(dense.gate_FD)
     cuts = [width * part // share for part in range(share + 1)]
-    ranges = [(dense[0][a:b], dense[1][a:b], dense[2][:, a:b]) for a, b in pairwise(cuts) if a < b]
+    ranges = [dense.part(a, b) for a, b in pairwise(cuts) if a < b]
     dealt = [experts[part::share] for part in range(share)]
 
     def total(layers: Sequence[FeedForward]) -> torch.Tensor:

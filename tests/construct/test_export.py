@@ -39,8 +39,9 @@ def logits(path: Path, **config: Any) -> torch.Tensor:
         ({"tie_word_embeddings": True, "dtype": torch.bfloat16}, {"experts": 6, "top_k": 2}),
         ({"family": "Mistral", "shard": "20KB"}, {"experts": 4, "top_k": 2, "shared": 1}),
         ({"head": "ForQuestionAnswering"}, {"experts": 4, "top_k": 2}),
+        ({"mlp_bias": True}, {"experts": 4, "shared": 1, "top_k": 2}),
     ],
-    ids=["plain", "tied bf16", "mistral shared", "question answering"],
+    ids=["plain", "tied bf16", "mistral shared", "question answering", "mlp bias"],
 )
 def test_export_undoes_convert_bit_for_bit(
     make: dict[str, Any], options: dict[str, Any], tmp_path: Path

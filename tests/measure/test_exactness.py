@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from moesaic.core.errors import MoesaicError
 from moesaic.measure.exactness import (
+    FeedForward,
     feed_forward,
     fixed_tokens,
     is_exact,
@@ -19,38 +20,32 @@ from moesaic.measure.exactness import (
 from tests.construct.dense_models import write_dense
 
 
-def weights(width: int, hidden: int, dtype: torch.dtype = torch.float32) -> tuple:
+def weights(width: int, hidden: int, dtype: torch.dtype = torch.float32) -> FeedForward:
     shapes = ((width, hidden), (width, hidden), (hidden, width))
-    return tuple((torch.randn(shape) * 0.3).to(dtype) for shape in shapes)
+    return FeedForward(*((torch.randn(shape) * 0.3).to(dtype) for shape in shapes))
 
 
 @pytest.mark.parametrize("width", [1, 511, 512, 1500])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_feed_forward_in_blocks_is_the_plain_formula(width: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    gate, up, down = weights(width, 20, dtype)
+    gate, up, down, *_ = dense = weights(width, 20, dtype)
     x_TD = fixed_tokens(20, tokens=7)
     wanted = (functional.silu(x_TD @ gate.float().T) * (x_TD @ up.float().T)) @ down.float().T
-    made = feed_forward(x_TD, (gate, up, down), functional.silu)
+    made = feed_forward(x_TD, dense, functional.silu)
     torch.testing.assert_close(made, wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_layer_difference_is_what_one_expert_lacks() -> None:
     torch.manual_seed(1)
-    gate, up, down = weights(30, 16)
+    gate, up, down, *_ = dense = weights(30, 16)
     x_TD = fixed_tokens(16)
     parts = [torch.arange(0, 30, 2), torch.arange(1, 30, 2)]
-    experts = [(gate[ids], up[ids], down[:, ids]) for ids in parts]
-    same, largest = layer_difference(
-        (gate, up, down), experts, activation=functional.silu, x_TD=x_TD
-    )
+    experts = [FeedForward(gate[ids], up[ids], down[:, ids]) for ids in parts]
+    same, largest = layer_difference(dense, experts, activation=functional.silu, x_TD=x_TD)
     assert is_exact(same, largest)
-    assert largest == pytest.approx(
-        float(feed_forward(x_TD, (gate, up, down), functional.silu).abs().max())
-    )
-    lacking, _ = layer_difference(
-        (gate, up, down), experts[:1], activation=functional.silu, x_TD=x_TD
-    )
+    assert largest == pytest.approx(float(feed_forward(x_TD, dense, functional.silu).abs().max()))
+    lacking, _ = layer_difference(dense, experts[:1], activation=functional.silu, x_TD=x_TD)
     wanted = float(feed_forward(x_TD, experts[1], functional.silu).abs().max())
     assert lacking == pytest.approx(wanted, rel=1e-4)
     assert not is_exact(lacking, largest)
