@@ -26,7 +26,7 @@ from moesaic.construct.splits import SPLITS
 from moesaic.construct.stream import Comparison, write_experts
 from moesaic.core.console import note
 from moesaic.core.errors import MoesaicError, UserError
-from moesaic.core.files import check_output, output_directory, write_text
+from moesaic.core.files import check_step, output_directory, write_text
 from moesaic.core.lineage import write_lineage
 from moesaic.models.checkpoint import copy_companions
 
@@ -89,7 +89,8 @@ def convert(
         MoesaicError: no space left; or a conversion that should be exact and is not.
     """
     started = time.monotonic()
-    model, out = Path(model), check_output(out, overwrite=overwrite)
+    model = Path(model)
+    out = check_step(out, overwrite=overwrite, inputs=[model, split, router, data])
     dense = open_dense(model)
     _check_choice(verify, ("auto", "full", "layers", "off"), "verify")
     _check_choice(gate, ("mlp", "linear"), "gate")

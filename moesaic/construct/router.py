@@ -25,7 +25,7 @@ from moesaic.construct.split import NeuronSplit
 from moesaic.core.config import Config, parse
 from moesaic.core.console import track
 from moesaic.core.errors import UserError
-from moesaic.core.files import output_directory, write_bytes, write_text
+from moesaic.core.files import check_step, output_directory, write_bytes, write_text
 from moesaic.core.lineage import write_lineage
 
 __all__ = ["FILE_NAME", "Gate", "RouterInit", "RouterInputs", "RouterMethod", "make_router"]
@@ -266,7 +266,7 @@ def make_router(
 
     `split` is a NeuronSplit, its file, or the directory that `moesaic split` wrote.
     """
-    out = Path(out)
+    out = check_step(out, overwrite=overwrite, inputs=[model, split, method, data])
     with output_directory(out, overwrite=overwrite) as partial:
         division = split if isinstance(split, NeuronSplit) else NeuronSplit.load(Path(split))
         made = init_router(

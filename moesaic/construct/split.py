@@ -19,7 +19,7 @@ from safetensors.numpy import save as serialise
 from moesaic.construct.method import SplitInputs, SplitMethod, read_model_config, resolve_method
 from moesaic.core.console import note, track
 from moesaic.core.errors import UserError
-from moesaic.core.files import check_output, output_directory, write_bytes, write_text
+from moesaic.core.files import check_step, output_directory, write_bytes, write_text
 from moesaic.core.lineage import write_lineage
 
 __all__ = ["FILE_NAME", "NeuronSplit", "make_split", "split"]
@@ -276,7 +276,7 @@ def make_split(
     The directory holds split.safetensors, split.json (resolved settings and figures), moesaic.json,
     and scores.safetensors where the method scored neurons. Raises as `split` does.
     """
-    out = check_output(out, overwrite=overwrite)
+    out = check_step(out, overwrite=overwrite, inputs=[model, method, data])
     with output_directory(out, overwrite=overwrite) as partial:
         made, arrays = divide(model, method, experts, shared, data, seed)
         made.save(partial / FILE_NAME)

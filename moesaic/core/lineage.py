@@ -12,9 +12,9 @@ from typing import Any
 
 from moesaic import __version__
 from moesaic.core.errors import UserError
-from moesaic.core.files import write_text
+from moesaic.core.files import MADE_BY, write_text
 
-FILE_NAME = "moesaic.json"
+FILE_NAME = MADE_BY
 _PACKAGES = ("torch", "transformers", "numpy", "safetensors")
 
 

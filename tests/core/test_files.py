@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from moesaic.core.errors import UserError
-from moesaic.core.files import output_directory, write_text
+from moesaic.core.files import MADE_BY, check_output, check_step, output_directory, write_text
 from moesaic.core.lineage import read_lineage, write_lineage
 
 
@@ -39,6 +39,32 @@ def test_output_vanishes_on_failure_and_keeps_what_was_there(tmp_path):
         (partial / "new").write_text("new")
     assert os.listdir(out) == ["new"]
     assert os.listdir(tmp_path) == ["a"]
+
+
+def test_only_what_moesaic_made_and_does_not_read_is_replaced(tmp_path):
+    out, other = tmp_path / "out", tmp_path / "other"
+    for folder in (out, other):
+        folder.mkdir()
+        (folder / "x").write_text("x")
+    with pytest.raises(UserError, match="did not make it"):
+        check_step(out, overwrite=True, inputs=[])
+    (out / MADE_BY).write_text("{}")
+    given = [other, "random", None, {"data": [str(other / "x")]}, "x" * 5000]
+    assert check_step(out, overwrite=True, inputs=given) == out
+    (tmp_path / "link").symlink_to(out)
+    for held in (out, out / "x", {"a": str(out / "x")}, tmp_path / "link"):
+        with pytest.raises(UserError, match="holds an input"):
+            check_step(out, overwrite=True, inputs=[held])
+
+
+def test_a_place_where_nothing_can_be_made_is_the_users_error(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="is a file"):
+        check_output(tmp_path / "file" / "a" / "b")
+    with pytest.raises(UserError, match="cannot be made"), output_directory(tmp_path / ("x" * 300)):
+        pass
+    fail_while_writing(tmp_path / "new" / "er" / "a")
+    assert os.listdir(tmp_path) == ["file"], "parents made for it are gone too"
 
 
 def test_a_killed_process_leaves_nothing_for_long(tmp_path):
