@@ -184,7 +184,6 @@ def run_one(key: Key, args: argparse.Namespace) -> dict[str, Any]:
         "before": before,
         "after": after,
         "exact": lineage.get("exact"),
-        "coverage": lineage.get("coverage"),
         "parameters": trained.get("parameters"),
         "active_parameters": trained.get("active_parameters"),
         "load_cv": last.get("load_cv"),
@@ -239,8 +238,17 @@ def run(args: argparse.Namespace) -> None:
     print("all runs are done", flush=True)
 
 
+def coverage(key: dict[str, Any], work: Path) -> float | None:
+    """Mean share of a layer's neurons that a split keeps, read from its file."""
+    from moesaic.construct.split import NeuronSplit
+
+    path = work / "splits" / f"{slug(key['start'])}-{key['seed']}" / "split.safetensors"
+    return statistics.mean(NeuronSplit.load(path).coverage()) if path.is_file() else None
+
+
 def table(args: argparse.Namespace) -> None:
     rows = [row for row in read_rows(args.work) if row["settings"] == settings(args)]
+    rows = [{**row, "coverage": coverage(row, args.work)} for row in rows]
     if not rows:
         raise SystemExit(
             f"{args.work}/results.jsonl has no rows of these settings. Call run first."
@@ -288,8 +296,7 @@ def covered(rows: list[dict[str, Any]]) -> str:
     shares = [row["coverage"] for row in rows if row["coverage"] is not None]
     if not shares:
         return "–"
-    means = [statistics.mean(s) if isinstance(s, list) else float(s) for s in shares]
-    return f"{statistics.mean(means):.0%}"
+    return f"{statistics.mean(shares):.0%}"
 
 
 def figure(losses: list[float]) -> str:
