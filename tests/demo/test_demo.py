@@ -14,6 +14,7 @@ from moesaic.data import open_domains
 from moesaic.demo import run
 from tests.helpers import assert_user_error, run_cli
 
+UPDATE = run.SEQUENCES * run.CONTEXT
 KEYS = {"dense", "methods", "trained_tokens", "seconds", "report", "checkpoint"}
 
 
@@ -66,7 +67,7 @@ def finished(dense: Path, tmp_path_factory: pytest.TempPathFactory):
         patch.setattr(run, "NEW_TOKENS", 4)
         out = tmp_path_factory.mktemp("demo") / "out"
         result = run_cli(
-            *("demo", "-o", out, "--model", dense, "--experts", 4, "--tokens", 3 * 2048, "--json")
+            *("demo", "-o", out, "--model", dense, "--experts", 4, "--tokens", 6 * UPDATE, "--json")
         )
         assert result.exit_code == 0, result
         yield out, result.json, result.stderr
@@ -83,7 +84,7 @@ def test_json_has_the_promised_shape(finished):
         assert method["dense_check"] < 1e-4
         assert isinstance(method["loss_converted"], float)
         assert method["domains"]["converted"]["mean"] == method["loss_converted"]
-    assert printed["trained_tokens"] == 3 * 2048
+    assert printed["trained_tokens"] == 6 * UPDATE
     assert printed["report"] == str(out / "report.html")
     assert printed["checkpoint"] == str(out / "moe")
 
@@ -115,9 +116,9 @@ def test_everything_is_written_and_nothing_else(finished, dense: Path):
 
 
 def test_the_checkpoint_is_the_model_that_was_measured(finished):
-    from moesaic.generation import load_tokenizer
     from moesaic.measure.loss import held_out_loss
     from moesaic.models.load import load
+    from moesaic.models.tokenizer import load_tokenizer
 
     out, printed, _ = finished
     model, tokenizer = load(out / "moe", dtype="float32"), load_tokenizer(out / "moe")
@@ -140,9 +141,11 @@ def test_load_is_a_share_per_layer_and_domain(finished):
 def test_curve_and_samples_are_complete(finished):
     out, printed, _ = finished
     results = json.loads((out / "results.json").read_text())
-    assert [line["tokens"] for line in results["training"]["log"]] == [2048, 4096, 6144]
+    assert [line["tokens"] for line in results["training"]["log"]] == [
+        UPDATE * i for i in range(1, 7)
+    ]
     points = results["training"]["held_out"]
-    assert (points[0]["tokens"], points[-1]["tokens"]) == (0, 6144)
+    assert (points[0]["tokens"], points[-1]["tokens"]) == (0, 6 * UPDATE)
     (best,) = [m for m in printed["methods"] if m["loss_trained"] is not None]
     assert points[0]["loss"]["mean"] == best["loss_converted"]
     for sample in results["samples"]:
@@ -195,7 +198,7 @@ def test_what_is_wrong_is_said_before_any_work(dense: Path, tmp_path: Path):
     out = tmp_path / "out"
     result = run_cli("demo", "-o", out, "--tokens", 4096, "--seconds", 3)
     assert_user_error(result, "both tokens and seconds")
-    assert_user_error(run_cli("demo", "-o", out, "--tokens", 5), "tokens=5", "2048")
+    assert_user_error(run_cli("demo", "-o", out, "--tokens", 5), "tokens=5", str(UPDATE))
     assert_user_error(run_cli("demo", "-o", out, "--seconds", 0), "positive")
     assert_user_error(run_cli("demo", "-o", out, "--model", tmp_path / "no"), "config.json")
     result = run_cli("demo", "-o", out, "--model", dense, "--experts", 4, "--top-k", 9)
@@ -213,10 +216,10 @@ def test_time_decides_the_tokens_in_whole_updates(monkeypatch: pytest.MonkeyPatc
     worker = run._Run(Path(), Path(), Path(), experts=4, top_k=2, seed=0, bar=Nothing())
     monkeypatch.setattr(run, "_load", lambda path: None)
     for speed, seconds, tokens in (
-        (1000.0, 10.0, 8192),
-        (1.0, 10.0, 2048),
-        (1e9, None, run.MOST_TOKENS // 2048 * 2048),
-        (100.0, None, 4096),
+        (1000.0, 10.0, 10_000 // UPDATE * UPDATE),
+        (1.0, 10.0, UPDATE),
+        (1e9, None, run.MOST_TOKENS // UPDATE * UPDATE),
+        (100.0, None, int(100 * run.SECONDS) // UPDATE * UPDATE),
     ):
         monkeypatch.setattr(run, "_training_speed", lambda model, speed=speed: speed)
         assert worker._affordable(Path(), seconds) == tokens
