@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from moesaic.core.errors import UserError
+from moesaic.core.errors import UserError, check_seed
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
@@ -73,6 +72,8 @@ def generate(
         UserError: no tokenizer, an empty prompt, a prompt longer than the model's context, or a
             setting out of range.
     """
+    from moesaic.models.tokenizer import load_tokenizer
+
     settings = _check(max_new_tokens, temperature, top_k, top_p, seed)
     if isinstance(model, (str, Path)):
         source = model
@@ -103,32 +104,10 @@ def generate(
     )
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model directory (or hub id), without remote code.
-
-    Raises:
-        UserError: a directory without tokenizer files, or files that cannot be read.
-    """
-    from transformers import AutoTokenizer
-
-    folder = Path(path)
-    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise UserError(
-            f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES[:2])}). Copy the files of the "
-            "model it was made from into it, or name their directory with --tokenizer DIR."
-        )
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UserError(
-            f"the tokenizer of {path} cannot be read: {reason} Name another with --tokenizer DIR."
-        ) from error
-
-
 def _check(
     max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, seed: int
 ) -> dict[str, Any]:
+    check_seed(seed)
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens={max_new_tokens}: ask for at least 1 token.")
     if not 0 <= temperature < float("inf"):

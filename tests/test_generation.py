@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from moesaic.core.errors import UserError
-from moesaic.generation import generate, load_tokenizer
+from moesaic.generation import generate
+from moesaic.models.tokenizer import load_tokenizer
 from tests.helpers import assert_user_error, run_cli
 
 VOCABULARY = 256 + 3
@@ -207,7 +208,7 @@ def test_command_streams_and_gives_json(tiny: Path, loaded):
 
 def test_command_without_tokenizer(without_tokenizer: Path, tiny: Path):
     result = run_cli("generate", without_tokenizer, "-p", "def")
-    assert_user_error(result, "has no tokenizer", "--tokenizer DIR")
+    assert_user_error(result, "holds no tokenizer", "name another folder")
     assert result.stdout == ""
     arguments = ("-p", "def", "--max-new-tokens", 3, "--json", "--tokenizer", tiny)
     assert run_cli("generate", without_tokenizer, *arguments).exit_code == 0
@@ -216,7 +217,7 @@ def test_command_without_tokenizer(without_tokenizer: Path, tiny: Path):
 def test_command_refuses_a_broken_tokenizer(without_tokenizer: Path):
     (without_tokenizer / "tokenizer.json").write_text("{")
     result = run_cli("generate", without_tokenizer, "-p", "def")
-    assert_user_error(result, "cannot be read", "--tokenizer DIR")
+    assert_user_error(result, "cannot be read", "name another")
 
 
 def test_command_refuses_a_missing_model(tmp_path: Path):

@@ -15,6 +15,7 @@ import torch
 
 from moesaic.construct.dense import DenseModel
 from moesaic.core.errors import UserError
+from moesaic.models.tokenizer import load_tokenizer
 
 _ROWS_AT_ONCE = 8
 
@@ -117,17 +118,5 @@ def text_sample(model: Path, data: Any, *, tokens: int, context: int) -> torch.T
     """
     from moesaic.data import calibration_batches
 
-    tokenizer = _tokenizer(model)
+    tokenizer = load_tokenizer(model)
     return torch.cat(list(calibration_batches(data, tokenizer, tokens=tokens, context=context)))
-
-
-def _tokenizer(model: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{model} has no tokenizer that transformers can read. "
-            "Copy the tokenizer files beside the weights."
-        ) from error

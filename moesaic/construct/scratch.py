@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from moesaic.core.config import Config, load
-from moesaic.core.errors import UserError, nearest
+from moesaic.core.errors import UserError, check_seed, nearest
 from moesaic.core.files import check_output, output_directory
 from moesaic.core.lineage import write_lineage
 from moesaic.recipes import find
@@ -107,6 +107,7 @@ def build(
     wanted = preset if isinstance(preset, InitConfig) else read_preset(preset, overrides=overrides)
     if seed is not None:
         wanted = wanted.model_copy(update={"seed": seed})
+    check_seed(wanted.seed)
     if tokenizer is not None:
         wanted = wanted.model_copy(update={"tokenizer": Path(tokenizer)})
     path = check_output(out)
@@ -189,13 +190,23 @@ def _construct(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
 
     try:
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except ValueError as error:
+    except (ValueError, RuntimeError, LookupError, TypeError, AssertionError) as error:
+        if _out_of_memory(error):
+            raise
         if "Unrecognized configuration class" in str(error):
             raise UserError(
                 f"model_type '{config.model_type}' has no causal language model in transformers. "
                 "Choose a type that has one."
             ) from None
-        raise UserError(f"{type(config).__name__}: {' '.join(str(error).split())}") from None
+        reason = f"unknown {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise UserError(
+            f"{type(config).__name__}: no model can be built from these fields: {reason}. "
+            "Correct config."
+        ) from None
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return "not enough memory" in str(error) or "out of memory" in str(error).lower()
 
 
 def _fields(cls: type) -> set[str]:
@@ -235,11 +246,9 @@ def _tokenizer_files(folder: Path | None, *, vocabulary: int | None) -> list[Pat
     if folder is None:
         return []
     files = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
-    if not any(file.name in ("tokenizer.json", "tokenizer.model", "vocab.json") for file in files):
-        raise UserError(f"{folder} holds no tokenizer (tokenizer.json). Give its folder.")
-    from transformers import AutoTokenizer
+    from moesaic.models.tokenizer import load_tokenizer
 
-    size = len(AutoTokenizer.from_pretrained(folder))
+    size = len(load_tokenizer(folder))
     if vocabulary is not None and size > vocabulary:
         raise UserError(
             f"the tokenizer of {folder} has {size} tokens but config.vocab_size is {vocabulary}. "

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.core.console import track
-from moesaic.core.errors import UserError, nearest
+from moesaic.core.errors import UserError
 from moesaic.core.files import output_directory
 from moesaic.core.lineage import write_lineage
 from moesaic.data.sources import Data, open_domains
@@ -116,25 +116,3 @@ def _texts(domains: dict[str, Any], max_bytes: int | None) -> Iterator[str]:
 
 def _named(data: Data) -> Any:
     return {k: str(v) for k, v in data.items()} if isinstance(data, dict) else str(data)
-
-
-def load_tokenizer(path: Path | str) -> Any:
-    """Load the tokenizer of a directory. Raises UserError where there is none."""
-    from transformers import AutoTokenizer
-
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        near = folder.parent if folder.parent.is_dir() else Path()
-        hint = nearest(folder.name, [entry.name for entry in near.iterdir()])
-        raise UserError(f"{path}: no such folder.{hint} Give the folder of a tokenizer or model.")
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # transformers raises what it likes: OSError, ValueError, KeyError
-        if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-            raise UserError(
-                f"{folder} holds no tokenizer. Copy tokenizer.json there, or name another folder."
-            ) from None
-        detail = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{folder}: the tokenizer cannot be read ({detail}). Restore its files."
-        ) from None

@@ -94,7 +94,7 @@ def plan(config: TrainConfig) -> dict[str, Any]:
     model = setup.empty_model(config)
     set_balance_coefficient(model, config.balance.coefficient)
     parameters, active = setup.count_parameters(model)
-    tokenizer = setup.load_tokenizer(config)
+    tokenizer = setup.tokenizer(config)
     setup.check_vocabulary(tokenizer, model)
     stream = setup.open_data(config, tokenizer).stream
     tokens = config.total_steps * config.tokens_per_step
@@ -163,7 +163,7 @@ class Run:
         self.precision = setup.precision(config.precision, self.device)
         self.model = setup.load_model(config, self.device, self.precision)
         self.source_dtype = setup.source_dtype(config)
-        self.tokenizer = setup.load_tokenizer(config)
+        self.tokenizer = setup.tokenizer(config)
         setup.check_vocabulary(self.tokenizer, self.model)
         self.coefficient = set_balance_coefficient(self.model, config.balance.coefficient)
         self.parameters, self.active = setup.count_parameters(self.model)

@@ -16,6 +16,7 @@ from moesaic.models.anatomy import anatomy, build
 from moesaic.models.catalog import find
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.load import load
+from moesaic.models.tokenizer import load_tokenizer
 from moesaic.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -107,18 +108,9 @@ def source_dtype(config: TrainConfig) -> str:
     return types.most_common(1)[0][0].removeprefix("torch.")
 
 
-def load_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
+def tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
     """Load `config.tokenizer`, else the model's own. Raises UserError where there is none."""
-    from transformers import AutoTokenizer
-
-    folder = config.tokenizer or find(_given(config)).location
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError):
-        raise UserError(
-            f"{folder} holds no tokenizer. Give tokenizer: DIR in the config, or "
-            "copy tokenizer.json there."
-        ) from None
+    return load_tokenizer(config.tokenizer or find(_given(config)).location)
 
 
 def _given(config: TrainConfig) -> str:

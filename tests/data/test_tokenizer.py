@@ -8,7 +8,8 @@ import pytest
 
 from moesaic.core.errors import UserError
 from moesaic.data.sources import Texts
-from moesaic.data.tokenizer import load_tokenizer, train_tokenizer
+from moesaic.data.tokenizer import train_tokenizer
+from moesaic.models.tokenizer import load_tokenizer
 
 
 def test_loads_with_auto_tokenizer_and_has_its_special_tokens(tokenizer: Any) -> None:

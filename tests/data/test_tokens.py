@@ -36,7 +36,8 @@ def test_ids_are_those_of_the_tokenizer(corpus: Path, tokenizer: Any, tmp_path: 
 def test_the_cache_is_used_and_follows_content_and_tokenizer(
     corpus: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moesaic.data.tokenizer import load_tokenizer, train_tokenizer
+    from moesaic.data.tokenizer import train_tokenizer
+    from moesaic.models.tokenizer import load_tokenizer
 
     path = write_jsonl(tmp_path / "x.jsonl", ["hello fox", "dog"])
     first = open_tokens(path, tokenizer, cache=tmp_path / "cache")["x"]
@@ -107,7 +108,7 @@ def test_a_damaged_cache_is_noticed(tokenizer: Any, tmp_path: Path) -> None:
 
 
 def _open(arguments: tuple[str, str, str]) -> int:
-    from moesaic.data.tokenizer import load_tokenizer
+    from moesaic.models.tokenizer import load_tokenizer
 
     data, folder, cache = arguments
     return sum(d.tokens for d in open_tokens(data, load_tokenizer(folder), cache=cache).values())

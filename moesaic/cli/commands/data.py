@@ -51,7 +51,7 @@ def inspect_(
     Example: `moesaic data inspect text.jsonl --tokenizer ckpt/dense --documents 1`
     """
     from moesaic.data.statistics import inspect
-    from moesaic.data.tokenizer import load_tokenizer
+    from moesaic.models.tokenizer import load_tokenizer
 
     found = inspect(
         data, load_tokenizer(tokenizer), documents=documents, tokens=tokens, domain=domain
@@ -77,7 +77,7 @@ def stats(
     Example: `moesaic data stats 'corpus/*/train.jsonl' --tokenizer ckpt/dense`
     """
     from moesaic.data.statistics import statistics
-    from moesaic.data.tokenizer import load_tokenizer
+    from moesaic.models.tokenizer import load_tokenizer
 
     found = statistics(data, None if tokenizer is None else load_tokenizer(tokenizer))
     rows = {name: asdict(domain) for name, domain in found.items()}
@@ -100,8 +100,8 @@ def tokenize(
 
     Example: `moesaic data tokenize 'corpus/*/train.jsonl' --tokenizer ckpt/dense`
     """
-    from moesaic.data.tokenizer import load_tokenizer
     from moesaic.data.tokens import cache_directory, open_tokens
+    from moesaic.models.tokenizer import load_tokenizer
 
     cache = cache_directory() if out is None else out
     domains = open_tokens(data, load_tokenizer(tokenizer), cache=cache)
@@ -128,7 +128,8 @@ def tokenizer(
 
     Example: `moesaic data tokenizer stdlib@train -o runs/tokenizer --vocabulary 4096`
     """
-    from moesaic.data.tokenizer import load_tokenizer, train_tokenizer
+    from moesaic.data.tokenizer import train_tokenizer
+    from moesaic.models.tokenizer import load_tokenizer
 
     path = train_tokenizer(data, out=out, vocabulary=vocabulary, max_bytes=max_bytes)
     size = len(load_tokenizer(path))
