@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -77,11 +78,12 @@ def cool(folder: Path) -> str:
         return "posix_fadvise"
 
 
-def timed(command: list[str], **kwargs: Any) -> tuple[float, dict[str, float], str]:
-    """Run a command and then sync: wall seconds, peak memory in GB, standard output."""
+def timed(command: list[str]) -> tuple[float, float, dict[str, float], str]:
+    """Run a command, then sync: wall and CPU seconds, peak memory in GB, standard output."""
     peak = {"RssAnon": 0, "VmRSS": 0}
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
     started = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **kwargs)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
     def sample() -> None:
         status = Path(f"/proc/{process.pid}/status")
@@ -104,7 +106,9 @@ def timed(command: list[str], **kwargs: Any) -> tuple[float, dict[str, float], s
         sys.exit(f"{command} ended with {process.returncode}")
     subprocess.run(["sync"], check=True)
     seconds = time.monotonic() - started
-    return seconds, {name: kib * 1024 / 1e9 for name, kib in peak.items()}, output
+    now = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
+    return seconds, cpu, {name: kib * 1024 / 1e9 for name, kib in peak.items()}, output
 
 
 def main() -> None:
@@ -128,7 +132,7 @@ def main() -> None:
             row: dict[str, Any] = {"load_before": os.getloadavg()[0]}
             shutil.rmtree(copy, ignore_errors=True)
             result["cold_by"] = cool(dense)
-            row["cp"], _, _ = timed(["cp", "-r", str(dense), str(copy)])
+            row["cp"], row["cp_cpu"], _, _ = timed(["cp", "-r", str(dense), str(copy)])
             shutil.rmtree(copy)
             shutil.rmtree(moe, ignore_errors=True)
             cool(dense)
@@ -137,7 +141,7 @@ def main() -> None:
                 *("--split", "random", "--experts", "16", "--top-k", "4"),
                 *("--verify", arguments.verify, "--json"),
             ]
-            row["convert"], peak, output = timed(command)
+            row["convert"], row["convert_cpu"], peak, output = timed(command)
             report = json.loads(output)
             row |= {f"peak_{name}_GB": value for name, value in peak.items()}
             row |= {key: report[key] for key in ("exact", "difference", "difference_of")}
