@@ -5,11 +5,13 @@ squares within clusters is a constant minus sum_e |S_e|^2 / M, so only the sums 
 
 1. Rows are projected on their leading principal directions (`Points.sketch`), where a step costs a
    thirtieth of what it costs on rows of 4096 numbers.
-2. There, from a random start, pairs of clusters exchange rows (`exchange`: a step of Lloyd's
-   algorithm that keeps the sizes). Then pairs of clusters are pooled and cut in two afresh from
-   several directions (`resplit`), which moves whole groups of rows where no single row would move.
-3. Exchanges go on with the full rows. Where those tell much that the sketch did not, rows are first
-   melted and cooled (`anneal`): they belong to clusters in shares that harden step by step.
+2. There, starts are improved, and the best is kept. Every other start is random, the others are
+   annealed (`annealing`): rows belong to clusters in shares that harden step by step. Then pairs of
+   clusters exchange rows (`exchange`: a step of Lloyd's algorithm that keeps the sizes), and pairs
+   are pooled and cut in two afresh from several directions (`resplit`), which moves whole groups of
+   rows where no single row would move.
+3. Exchanges go on with the full rows. Where those tell much that the sketch did not, the clusters
+   are first melted and annealed again.
 
 A row's own part of its cluster's sum holds it back: on 11008 rows of 4096 random numbers, by 2.4
 standard deviations of what pulls it elsewhere. Lloyd's algorithm stops there, far from the best.
@@ -26,6 +28,7 @@ from typing import Literal
 
 import numpy as np
 
+from moesaic.construct.annealing import anneal
 from moesaic.construct.points import (
     Floats,
     Ids,
@@ -67,10 +70,10 @@ def balanced_kmeans(
 
     `l2` minimises the sum of squares within clusters. `cos` takes the rows about their mean and
     scaled to length 1, and maximises the sum of cosines between rows and the mean of their cluster.
-    `starts` is the number of random starts, of which the best is refined ("auto": 1 for thousands
+    `starts` is the number of starts, of which the best is refined ("auto": 2 for tens of thousands
     of rows, up to 16 for fewer). `steps` is the number of annealing steps on the full rows ("auto":
-    240 / clusters, between 10 and 30); each reads the matrix twice. Rows in writable
-    float32 are not copied.
+    240 / clusters, between 10 and 30); each reads the matrix twice. Rows in writable float32 are
+    not copied.
 
     Raises UserError when `clusters` does not divide N, or a value is NaN or infinite.
     """
@@ -80,7 +83,7 @@ def balanced_kmeans(
             f"{count} rows cannot make {clusters} clusters of equal size. "
             f"Give a number that divides {count}."
         )
-    tried = min(max(1, 16384 // count), 16) if starts == "auto" else max(1, starts)
+    tried = min(max(2, 16384 // count), 16) if starts == "auto" else max(1, starts)
     cooling = min(max(10, 240 // clusters), 30) if steps == "auto" else steps
     with one_thread():
         points = Points.centred(np.require(rows_ND, np.float32, ["C", "W"]), metric)
@@ -93,27 +96,37 @@ def divide(points: Points, clusters: int, seed: int, starts: int, steps: int) ->
     sketch = points.sketch(max(128, 8 * clusters), rng)
     order_EM = search(sketch, clusters, rng, starts)
     if steps and sketch is not points:
-        value = points.value(points.sums_ED(order_EM))
+        seen = float(np.square(sketch.sums_ED(order_EM)).sum())
         order_EM = refine(points, order_EM, 1)
-        refined = points.value(points.sums_ED(order_EM))
-        if refined > 1.02 * value:
-            annealed_EM = anneal(points, order_EM, sketch.largest_square(), steps)
-            if points.value(points.sums_ED(annealed_EM)) > refined:
+        sums_ED = points.sums_ED(order_EM)
+        # Where the sketch shows nearly all of the sums' lengths, it has shown what can be found.
+        if float(np.square(sums_ED).sum()) > 1.15 * seen:
+            share_NE = np.full((order_EM.size, clusters), 0.5 / clusters, np.float32)
+            share_NE[order_EM, np.arange(clusters)[:, None]] += 0.5
+            coldness = np.geomspace(1, 6, steps, dtype=np.float32) * clusters / sketch.spread_D()[0]
+            annealed_EM = anneal(points, share_NE, coldness)
+            if points.value(points.sums_ED(annealed_EM)) > points.value(sums_ED):
                 order_EM = annealed_EM
     return refine(points, order_EM, 24)
 
 
 def search(sketch: Points, clusters: int, rng: np.random.Generator, starts: int) -> Ids:
-    """The best of some random starts, improved by exchanges and resplits: order_EM."""
+    """The best of some starts, random and annealed in turn, then improved: order_EM."""
     count = len(sketch.rows_ND)
+    spread_D = sketch.spread_D()
+    cold = clusters / np.maximum(spread_D[[0, min(clusters, len(spread_D)) - 1]], 1e-9)
+    coldness = np.geomspace(cold[0], 3 * cold[1], 40, dtype=np.float32)
     tries = max(4, 128 // clusters)
-    squares_N = sketch.squares_N
     found: tuple[float, Ids] | None = None
-    for _ in range(starts):
-        order_EM = rng.permutation(count).reshape(clusters, -1)
+    for start in range(starts):
+        if start % 2 == 0:
+            order_EM = rng.permutation(count).reshape(clusters, -1)
+        else:
+            share_NE = 1 + 0.3 * rng.standard_normal((count, clusters), dtype=np.float32)
+            order_EM = anneal(sketch, np.abs(share_NE) / clusters, coldness)
         for _ in range(8):
             sums_ED = sketch.sums_ED(order_EM)
-            if not exchange(sketch, sums_ED, squares_N, order_EM, release=0.5):
+            if not exchange(sketch, sums_ED, order_EM, release=0.5):
                 break
         value = sketch.value(sketch.sums_ED(order_EM))
         for _ in range(6):
@@ -129,14 +142,13 @@ def search(sketch: Points, clusters: int, rng: np.random.Generator, starts: int)
 
 def refine(points: Points, order_EM: Ids, steps: int) -> Ids:
     """Exchange rows between clusters until a step gains less than two thousandths: order_EM."""
-    squares_N = points.squares_N
     best_EM = order_EM
     best_ED = points.sums_ED(best_EM)
     best = points.value(best_ED)
     release = 0.6
     for _ in range(steps):
         order_EM = best_EM.copy()
-        if not exchange(points, best_ED, squares_N, order_EM, release):
+        if not exchange(points, best_ED, order_EM, release):
             if release == 0:
                 break
             release = 0.0
@@ -153,56 +165,7 @@ def refine(points: Points, order_EM: Ids, steps: int) -> Ids:
     return best_EM
 
 
-def anneal(points: Points, order_EM: Ids, largest: float, steps: int) -> Ids:
-    """Melt clusters and cool them again: order_EM of the result, which may be better or worse.
-
-    Every point belongs to clusters in shares, at first half to its own. A step sets the shares to
-    the softmax of the inner products with the clusters' sums, less the point's own part, times a
-    coldness; then scales columns so that all clusters are equally large. The coldness runs from
-    E / largest, where equal shares begin to be unstable (`largest`: the largest sum of squares
-    along a direction), to six times that. This is mean-field annealing of a Potts model (Peterson
-    and Soderberg 1989) with sums in place of couplings.
-    """
-    clusters, size = order_EM.shape
-    share_NE = np.full((order_EM.size, clusters), 0.5 / clusters, np.float32)
-    share_NE[order_EM, np.arange(clusters)[:, None]] += 0.5
-    own_N1 = points.squares_N[:, None]
-    price_E = np.zeros(clusters, np.float32)
-    for coldness in np.geomspace(1, 6, steps, dtype=np.float32) * np.float32(clusters / largest):
-        pull_NE = points.products_NE(points.combine_ED(share_NE.T)) - own_N1 * share_NE
-        pull_NE = coldness * pull_NE - price_E
-        share_NE = np.exp(pull_NE - pull_NE.max(1, keepdims=True))
-        share_NE /= share_NE.sum(1, keepdims=True)
-        for _ in range(2):
-            excess_E = np.maximum(share_NE.sum(0), 1e-3) / size
-            price_E += np.log(excess_E)
-            share_NE /= excess_E
-            share_NE /= share_NE.sum(1, keepdims=True)
-    return harden(share_NE)
-
-
-def harden(share_NE: Floats) -> Ids:
-    """Give every point to one cluster, the one it has the largest share in where there is room."""
-    count, clusters = share_NE.shape
-    size = count // clusters
-    labels_N = share_NE.argmax(1)
-    by_label = np.lexsort((-share_NE.max(1), labels_N))
-    counts_E = np.bincount(labels_N, minlength=clusters)
-    place = np.arange(count) - (np.cumsum(counts_E) - counts_E)[labels_N[by_label]]
-    extra = by_label[place >= size]
-    room_E = size - np.minimum(counts_E, size)
-    labels_N[extra] = -1
-    for wish in np.argsort(-share_NE[extra], axis=None, kind="stable").tolist():
-        point, cluster = extra[wish // clusters], wish % clusters
-        if room_E[cluster] and labels_N[point] < 0:
-            labels_N[point] = cluster
-            room_E[cluster] -= 1
-    return np.argsort(labels_N, kind="stable").reshape(clusters, size)
-
-
-def exchange(
-    points: Points, sums_ED: Floats, squares_N: Floats, order_EM: Ids, release: float
-) -> int:
+def exchange(points: Points, sums_ED: Floats, order_EM: Ids, release: float) -> int:
     """Let every pair of clusters exchange the rows that both sides gain from; changes order_EM.
 
     Between clusters a and b, the rows of a that want most to b are paired with the rows of b that
@@ -213,7 +176,7 @@ def exchange(
     pull_E = points.pull_E(sums_ED)
     products_NE = points.products_NE(sums_ED) * pull_E
     products_EEM = np.ascontiguousarray(products_NE[order_EM].transpose(0, 2, 1))
-    held_EM = release * squares_N[order_EM]
+    held_EM = release * points.squares_N[order_EM]
     least = 1e-6 * float(np.abs(products_NE).max(initial=0.0))
     exchanged = 0
     for a_P, b_P in rounds(clusters):

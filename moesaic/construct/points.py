@@ -109,10 +109,12 @@ class Points:
         ones_N = np.ones_like(self.scale_N)
         return Points(rows_NC, np.zeros(columns, np.float32), ones_N, self.metric)
 
-    def largest_square(self) -> float:
-        """Largest sum of squares of the points along one direction, for sketches."""
+    def spread_D(self) -> Floats:
+        """Sums of squares along the principal directions, falling; meant for sketches."""
         points_ND = (self.rows_ND - self.shift_D) * self.scale_N[:, None]
-        return float(torch.linalg.eigvalsh(torch.from_numpy(product(points_ND.T, points_ND)))[-1])
+        gram_DD = torch.from_numpy(product(points_ND.T, points_ND))
+        spread_D: Floats = torch.linalg.eigvalsh(gram_DD).flip(0).numpy()
+        return spread_D
 
     def value(self, sums_ED: Floats) -> float:
         """What is maximised: the clusters' tightness together."""

@@ -111,7 +111,7 @@ def test_annealing_goes_beyond_exchanges_and_these_beyond_lloyd() -> None:
     exchanged = balanced_kmeans(rows, 8, seed=0, steps=0)
     best, good = (1 - r.within_ss / r.total_ss for r in (found, exchanged))
     assert best > 1.02 * good
-    assert good > 1.1 * lloyd_explains(rows, 8)
+    assert good > 1.2 * lloyd_explains(rows, 8)
 
 
 def lloyd_explains(rows: np.ndarray, clusters: int) -> float:
