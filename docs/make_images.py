@@ -1,23 +1,34 @@
-"""Draw the README's picture from a demo: `python docs/make_images.py runs/demo/results.json`."""
+"""Take the README's picture of a demo's report: `python docs/make_images.py runs/demo/report.html`.
+
+Needs chromium on the PATH. The picture is the top of the page in its light colours.
+"""
 
 from __future__ import annotations
 
-import json
+import subprocess
 import sys
 from pathlib import Path
 
-from moesaic.demo import page
-from moesaic.report import plots
-
-FOLDER = Path(__file__).parent / "images"
+PICTURE = Path(__file__).parent / "images" / "report.png"
+WIDTH, HEIGHT = 1000, 1090
 
 
-def main(results: Path) -> None:
-    """Write docs/images/load.png."""
-    found = json.loads(results.read_text(encoding="utf-8"))
-    FOLDER.mkdir(exist_ok=True)
-    load = page.load_figure(found, "trained")
-    print(plots.save(load, FOLDER / "load.png", dpi=110), file=sys.stderr)
+def main(report: Path) -> None:
+    """Write docs/images/report.png."""
+    PICTURE.parent.mkdir(exist_ok=True)
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    subprocess.run(
+        [
+            "chromium",
+            *options,
+            f"--screenshot={PICTURE}",
+            f"--window-size={WIDTH},{HEIGHT}",
+            report.resolve().as_uri(),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    print(PICTURE, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def page(results: Results) -> Page:
     made = Page(
         "From a dense LLaMA to a mixture of experts",
         subtitle=f"{model}, cut into {results['experts']} experts per layer of which each token "
-        f"uses {results['top_k']}, and trained on for {results['trained_tokens']:,} tokens. "
+        f"uses {results['top_k']}, then trained for {results['trained_tokens']:,} more tokens. "
         "Everything below was computed on this machine.",
         footer=_footer(results),
     )

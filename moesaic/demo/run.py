@@ -47,13 +47,13 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
 TRAIN, VALID = "stdlib@train", "stdlib@valid"
 PROMPTS = (
     "def main(",
-    "class Reader:\n    def __init__(self, ",
-    "Return the number of ",
-    "The value of the expression is ",
+    "class Reader:\n    def __init__(self",
+    "Return the number of",
+    "The value of the expression is",
 )
 OUTPUTS = {"report.html", "results.json", "moe", "converted"}
 CONTEXT = 256
-DOCUMENTS = 48
+DOCUMENTS = 32
 """Held-out documents a domain; the first CONTEXT tokens of each are scored."""
 SEQUENCES = 4
 MOST_TOKENS = 250_000
@@ -307,7 +307,7 @@ class _Run:
             "seed": self.seed,
             "log": {"every": max(1, updates // 100)},
             "evaluate": {
-                "every": max(1, updates // 3),
+                "every": -(-updates // 3),
                 "documents": DOCUMENTS,
                 "at_start": False,
             },
