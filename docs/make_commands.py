@@ -91,12 +91,10 @@ def _table(name: str, function: Callable[..., Any]) -> str:
             arguments.append(shown if required else f"[{shown}]")
             spelled = shown
         else:
-            names = list(info.param_decls or ()) or ["--" + parameter.name.replace("_", "-")]
-            names = (
-                names
-                if any(n.startswith("--") for n in names)
-                else ["--" + parameter.name.replace("_", "-"), *names]
-            )
+            long = "--" + parameter.name.strip("_").replace("_", "-")
+            names = list(info.param_decls or ()) or [long]
+            if not any(name.startswith("--") for name in names):
+                names.insert(0, long)
             spelled = ", ".join(names) + (f" {metavar}" if metavar else "")
             if required:
                 longest = max(names, key=len).partition("/")[0]

@@ -190,11 +190,22 @@ def _run(
                 attention_mask=torch.ones_like(ids_1T),
                 generation_config=GenerationConfig.from_dict(fields),
                 streamer=writer,
+                logits_processor=[_refuse_nan],
             )
     finally:
         model.train(training)
     new_ids: list[int] = out[0, ids_1T.shape[1] :].tolist()
     return new_ids
+
+
+def _refuse_nan(ids_BT: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
+    """A step of generation: pass the logits on. Raises UserError when one is NaN."""
+    if bool(logits_BV.isnan().any()):
+        raise UserError(
+            "the model's output is NaN: its weights hold NaN, or overflow in this number format. "
+            "Try --dtype float32; if it stays, repair or replace the checkpoint."
+        )
+    return logits_BV
 
 
 def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -218,6 +219,16 @@ def test_command_refuses_a_broken_tokenizer(without_tokenizer: Path):
     (without_tokenizer / "tokenizer.json").write_text("{")
     result = run_cli("generate", without_tokenizer, "-p", "def")
     assert_user_error(result, "cannot be read", "name another")
+
+
+def test_nan_in_the_weights_is_said(loaded):
+    model, tokenizer = loaded
+    spoilt = copy.deepcopy(model)
+    spoilt.get_input_embeddings().weight.data[3] = float("nan")
+    prompt = tokenizer.decode([3])
+    for temperature in (0.0, 1.0):
+        with pytest.raises(UserError, match="NaN"):
+            generate(spoilt, prompt, tokenizer=tokenizer, temperature=temperature)
 
 
 def test_command_refuses_a_missing_model(tmp_path: Path):

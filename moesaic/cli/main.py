@@ -13,7 +13,7 @@ import importlib
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -76,16 +76,32 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         with reporting(RichReporter(plain="--json" in arguments)):
-            build()(arguments, standalone_mode=True)
+            code = build()(arguments, prog_name="moesaic", standalone_mode=False)
+            return code if isinstance(code, int) else 0
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt:
         return _fail("interrupted. Nothing half-written was left under the final name.", 1)
     except Exception as error:
+        # typer's own errors; the class moved between its versions.
+        if hasattr(error, "format_message"):
+            return _misused(error)
+        if type(error).__name__ == "Abort":
+            return _fail("interrupted. Nothing half-written was left under the final name.", 1)
         if debug:
             raise
         return _fail(_describe(error), getattr(error, "exit_code", 1))
-    return 0
+
+
+def _misused(error: Any) -> int:
+    """Say on one line what is wrong with the arguments; help that was asked for is printed."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        return 2
+    message = " ".join(str(error.format_message()).split())
+    command = error.ctx.command_path if getattr(error, "ctx", None) else "moesaic"
+    stop = "" if message.endswith((".", "?", ")")) else "."
+    return _fail(f"{message}{stop} See {command} --help.", 2)
 
 
 def _describe(error: Exception) -> str:

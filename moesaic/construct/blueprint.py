@@ -159,6 +159,8 @@ class Blueprint:
         """Parameters in all and active for a token, and the widths of the experts."""
         widths = [[len(ids) for ids in layer] for layer in self.split.experts]
         total = sum(math.prod(shape) for _, _, shape in self.plan())
+        # Noise weights act in training only; anatomy counts them as idle too.
+        noise = self.dense.layers * self.split.num_experts * self.dense.hidden
         idle_share = 1 - self.config["num_selects"] / self.split.num_experts
         weights = 3 * self.dense.hidden + (2 if self.config.get("mlp_bias") else 0)
         idle = sum(weights * sum(layer) * idle_share for layer in widths)
@@ -170,7 +172,7 @@ class Blueprint:
             "expert_width": [min(map(min, widths)), max(map(max, widths))],
             "parameters_dense": self.dense.checkpoint.parameters,
             "parameters_total": total,
-            "parameters_active": round(total - idle),
+            "parameters_active": round(total - idle - noise),
             "bytes": sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in self.plan()),
             "dtype": str(self.experts_dtype).removeprefix("torch."),
         }

@@ -25,7 +25,7 @@ from moesaic.construct.split import split as make_split
 from moesaic.construct.splits import SPLITS
 from moesaic.construct.stream import Comparison, write_experts
 from moesaic.core.console import note
-from moesaic.core.errors import MoesaicError, UserError
+from moesaic.core.errors import MoesaicError, UserError, check_seed
 from moesaic.core.files import check_step, output_directory, write_text
 from moesaic.core.lineage import write_lineage
 from moesaic.models.checkpoint import copy_companions
@@ -89,11 +89,13 @@ def convert(
         MoesaicError: no space left; or a conversion that should be exact and is not.
     """
     started = time.monotonic()
+    check_seed(seed)
     model = Path(model)
     out = check_step(out, overwrite=overwrite, inputs=[model, split, router, data])
     dense = open_dense(model)
     _check_choice(verify, ("auto", "full", "layers", "off"), "verify")
     _check_choice(gate, ("mlp", "linear"), "gate")
+    _check_scales(scale, shared_scale)
     division = _ready_split(split)
     ready_router = _ready_router(router)
     if division is None:
@@ -224,7 +226,18 @@ def _check_choice(given: str, allowed: Sequence[str], name: str) -> None:
         raise UserError(f"{name}={given!r} was given. Use one of: {', '.join(allowed)}.")
 
 
+def _check_scales(scale: Any, shared_scale: float | None) -> None:
+    given = {"scale": scale, "shared_scale": shared_scale}
+    for name, value in given.items():
+        factors = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+        for factor in factors:
+            if isinstance(factor, int | float) and not 0 < factor < float("inf"):
+                raise UserError(f"{name}={value} was given. Use a positive number.")
+
+
 def _check_top_k(top_k: int, experts: int, shared: int) -> None:
+    if experts < 1:
+        raise UserError(f"experts={experts} was given. Give at least 1 expert, such as 8.")
     if top_k > experts:
         raise UserError(
             f"top_k={top_k} but the model has {experts} experts. "

@@ -171,6 +171,7 @@ def resolve_config(checkpoint: Checkpoint) -> dict[str, Any]:
             f"{checkpoint.path / 'config.json'} is not accepted by transformers: {reason}. "
             "Correct that field."
         ) from error
+    _check_known(checkpoint, config)
     window = config.get("sliding_window") if kind == "mistral" else None
     if window is not None and window < config["max_position_embeddings"]:
         raise UserError(
@@ -179,6 +180,23 @@ def resolve_config(checkpoint: Checkpoint) -> dict[str, Any]:
             "in config.json if texts stay shorter than that."
         )
     return config
+
+
+def _check_known(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
+    """Raise UserError for an activation or rope type that transformers does not have."""
+    from transformers.activations import ACT2FN
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = (config.get("rope_parameters") or {}).get("rope_type", "default")
+    for name, given, known in (
+        ("hidden_act", config["hidden_act"], sorted(ACT2FN)),
+        ("rope_type", rope, sorted({"default", *ROPE_INIT_FUNCTIONS})),
+    ):
+        if given not in known:
+            raise UserError(
+                f"{checkpoint.path / 'config.json'}: {name} is {given!r}, which transformers does "
+                f"not have.{nearest(str(given), known)} Correct that field."
+            )
 
 
 def expected_shapes(
@@ -232,7 +250,13 @@ def _layer_shapes(config: Mapping[str, Any], start: str) -> dict[str, tuple[int,
 
 
 def _head(checkpoint: Checkpoint) -> str:
-    named = (checkpoint.config.get("architectures") or ["LlamaForCausalLM"])[0]
+    given = checkpoint.config.get("architectures") or ["LlamaForCausalLM"]
+    if not isinstance(given, list):
+        raise UserError(
+            f"{checkpoint.path / 'config.json'}: architectures is {given!r}, not a list of names. "
+            'Write it as a list, such as ["LlamaForCausalLM"].'
+        )
+    named = given[0]
     lowered = str(named).lower()  # the first LLaMA conversions say LLaMAForCausalLM
     for head in HEADS:
         if lowered in (f"llama{head}".lower(), f"mistral{head}".lower()):

@@ -138,6 +138,10 @@ class SplitMethod(Config):
                 f"shared={inputs.shared} was asked of the split {self.key}, which makes no "
                 f"shared experts. Use shared=0 or one of: {', '.join(able)}."
             )
+        if inputs.data is not None and not self.needs_data:
+            from moesaic.data import open_domains
+
+            open_domains(inputs.data)  # not read, but the lineage names it: it must be there
         if self.needs_data and inputs.data is None:
             raise UserError(
                 f"The split {self.key} looks at text, but no data was given. "

@@ -24,7 +24,7 @@ from moesaic.construct.routers import ROUTERS
 from moesaic.construct.split import NeuronSplit
 from moesaic.core.config import Config, parse
 from moesaic.core.console import track
-from moesaic.core.errors import UserError
+from moesaic.core.errors import UserError, check_seed
 from moesaic.core.files import check_step, output_directory, write_bytes, write_text
 from moesaic.core.lineage import write_lineage
 
@@ -216,13 +216,19 @@ def init_router(
 ) -> RouterInit:
     """Make the first router weights for a dense model and its split.
 
-    `method` is a name of `moesaic list router`, a mapping `{"method": name, field: value}`, or an
+    `method` is a name of `moesaic list routers`, a mapping `{"method": name, field: value}`, or an
     object. `top_k` counts routed experts; only `select` with the `topk` target looks at it. `data`
     is needed by methods that look at activations.
 
     Raises UserError when the split was made for another model, or the method cannot do it.
     """
     chosen = resolve_router(method)
+    check_seed(seed)
+    if not 1 <= top_k <= split.num_experts:
+        raise UserError(
+            f"top_k={top_k} but the split has {split.num_experts} routed experts. "
+            f"Give 1 to {split.num_experts}."
+        )
     inputs = RouterInputs(Path(model), split, gate, top_k, data, seed)
     if (split.layers, split.width) != (inputs.dense.layers, inputs.dense.width):
         raise UserError(

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from moesaic.construct.method import Projection, SplitInputs, SplitMethod
 from moesaic.core.errors import UserError
@@ -41,11 +42,11 @@ class ScoredMethod(SplitMethod):
     """`token`: the same whatever the batch; `original`: LLaMA-MoE's, gradients of batch means."""
     clusters: Literal["text", "domains"] = "text"
     """Clusters of similar text, or the domains of the data in their order."""
-    tokens: int = 131_072
+    tokens: int = Field(default=131_072, ge=2)
     """Tokens read, all clusters together."""
-    context: int = 512
+    context: int = Field(default=512, ge=2)
     """Tokens of a row."""
-    batch: int = 8
+    batch: int = Field(default=8, ge=1)
     """Rows of one forward and backward pass."""
     scores: Path | None = None
     """Scores made earlier, instead of data: scores.safetensors, or a folder of the original's."""

@@ -18,7 +18,7 @@ from safetensors.numpy import save as serialise
 
 from moesaic.construct.method import SplitInputs, SplitMethod, read_model_config, resolve_method
 from moesaic.core.console import note, track
-from moesaic.core.errors import UserError
+from moesaic.core.errors import UserError, check_seed
 from moesaic.core.files import check_step, output_directory, write_bytes, write_text
 from moesaic.core.lineage import write_lineage
 
@@ -307,6 +307,7 @@ def divide(
 ) -> tuple[NeuronSplit, dict[str, NDArray[np.float32]]]:
     """What `split` does; also returns the arrays that the method wants kept."""
     chosen = resolve_method(method)
+    check_seed(seed)
     inputs = SplitInputs(Path(model), read_model_config(Path(model)), experts, shared, data, seed)
     chosen.check(inputs)
     layers = list(track(chosen.divide(inputs), f"splitting ({chosen.key})", total=inputs.layers))

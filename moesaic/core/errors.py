@@ -22,6 +22,13 @@ class UserError(MoesaicError, ValueError):
     exit_code = 2
 
 
+def check_seed(seed: int) -> int:
+    """Return `seed`. Raises UserError unless every random generator in use takes it."""
+    if not 0 <= seed < 2**63:
+        raise UserError(f"seed={seed} was given. Use a whole number from 0 to 2^63 - 1.")
+    return seed
+
+
 def nearest(name: str, options: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` for the option closest to `name`, or an empty string."""
     lowered = {option.lower(): option for option in options}

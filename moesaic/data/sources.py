@@ -95,6 +95,8 @@ def open_domains(data: Data) -> dict[str, Source]:
     if not isinstance(data, str | os.PathLike):
         return {"text": open_source(data)}
     text = os.fspath(data)
+    if not text:
+        raise UserError("the data is an empty name. Give a file, a folder or a dataset.")
     path = Path(text).expanduser()
     if path.is_dir():
         return _folder(path)

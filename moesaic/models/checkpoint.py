@@ -14,6 +14,7 @@ import pickle
 import shutil
 import struct
 import sys
+import warnings
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -259,9 +260,11 @@ class _Pickled:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            loaded = torch.load(
-                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-            )
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about pickle protocols; what matters is an error
+                loaded = torch.load(
+                    path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+                )
         except pickle.UnpicklingError as error:
             if path.stat().st_size == 0 or "persistent" in str(error) or "truncated" in str(error):
                 raise _damaged(path, "is truncated or no checkpoint") from error
@@ -269,10 +272,13 @@ class _Pickled:
                 f"{path} is a pickle of something other than plain tensors, so it is not opened: "
                 "it could run code. Convert it to safetensors where you trust it."
             ) from error
-        except (RuntimeError, EOFError, ValueError, OSError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # damaged pickles raise almost anything
             raise _damaged(path, "is truncated or no checkpoint") from error
         if not isinstance(loaded, dict) or not all(
-            isinstance(tensor, torch.Tensor) for tensor in loaded.values()
+            isinstance(name, str) and isinstance(tensor, torch.Tensor)
+            for name, tensor in loaded.items()
         ):
             raise UserError(
                 f"{path} holds something other than a dict of plain tensors. "
@@ -315,7 +321,10 @@ def _weight_names(directory: Path) -> list[str]:
             index = _read_json(
                 directory / f"{stem}.index.json", cure="Download the checkpoint again."
             )
-            return sorted(set(index.get("weight_map", {}).values()))
+            names = index.get("weight_map")
+            if not isinstance(names, dict) or not names:
+                raise _damaged(directory / f"{stem}.index.json", "holds no weight_map")
+            return sorted(set(names.values()))
         if (directory / stem).is_file():
             return [stem]
     shards = sorted(p.name for p in directory.glob("model-*-of-*.safetensors"))

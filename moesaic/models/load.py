@@ -119,6 +119,11 @@ def _from_pretrained(
         raise
     except UserError as error:
         raise UserError(f"{source.name}: {error}") from error
+    except KeyError as error:  # an activation or rope type that transformers looks up
+        raise UserError(
+            f"{source.name} cannot be loaded: config.json names {error}, which transformers does "
+            "not know. Correct it."
+        ) from error
     except (OSError, ValueError, TypeError, ImportError) as error:
         if getattr(error, "errno", None) is not None:
             raise  # the machine's failure: no space for offloading, no permission

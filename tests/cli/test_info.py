@@ -134,7 +134,7 @@ def test_list_knows_every_kind():
 
 
 def test_list_of_an_unknown_kind():
-    assert_user_error(run_cli("list", "split"), "Unknown kind 'split'", "Did you mean 'splits'?")
+    assert_user_error(run_cli("list", "splts"), "Unknown kind 'splts'", "Did you mean 'splits'?")
 
 
 def test_kernels_check_at_a_models_own_shapes(tmp_path):

@@ -4,6 +4,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 import moesaic
 from tests.helpers import assert_user_error, run_cli
 
@@ -30,3 +32,25 @@ def test_help_is_fast():
 def test_public_names_resolve():
     for name in moesaic.__all__:
         assert callable(getattr(moesaic, name)) or name == "__version__", name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["convert", "x", "-o", "y", "--top-k", "two"], ["--top-k", "integer"]),
+        (["convert", "x", "--top-k", "2"], ["--out", "moesaic convert --help"]),
+        (["split", "x", "-o", "y", "--experts", "4", "--shard", "1"], ["--shard", "--shared"]),
+        (["kernels", "check", "x", "--tokens", "0"], ["--tokens", "moesaic kernels check --help"]),
+        (["convrt"], ["convert", "moesaic --help"]),
+        (["list", "splts"], ["did you mean 'splits'"]),
+    ],
+)
+def test_wrong_arguments_are_one_line_with_the_cure(arguments: list[str], words: list[str]):
+    result = run_cli(*arguments)
+    assert_user_error(result, *words)
+    assert result.stdout == ""
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_list_takes_the_singular():
+    assert run_cli("list", "split", "--json").json == run_cli("list", "splits", "--json").json

@@ -173,8 +173,9 @@ def test_every_rope_type_is_kept(rope: str, tmp_path: Path) -> None:
         {"tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh", "rms_norm_eps": 1e-2},
         {"family": "Mistral", "shard": "20KB"},
         {"dtype": torch.bfloat16, "shard": "20KB", "pad_token_id": 3},
+        {"mlp_bias": True},
     ],
-    ids=["bias", "tied", "mistral", "bf16"],
+    ids=["bias", "tied", "mistral", "bf16", "mlp bias"],
 )
 def test_dense_variants_equal_their_mixture_with_all_experts_on(
     make: dict[str, Any], tmp_path: Path
@@ -288,7 +289,9 @@ def test_the_report_counts_parameters_as_the_models_do(dense: Path, tmp_path: Pa
     assert report["parameters_total"] == sum(p.numel() for p in model.parameters())
     assert report["parameters_dense"] == sum(p.numel() for p in load(source).parameters())
     # 2 of 6 routed experts of 6 neurons are active: 4 * 6 neurons of 3 * 32 weights idle a layer
-    assert report["parameters_active"] == report["parameters_total"] - 2 * 4 * 6 * 3 * 32
+    # and the noise weights of the routers, which act in training only
+    idle = 2 * 4 * 6 * 3 * 32 + 2 * 6 * 32
+    assert report["parameters_active"] == report["parameters_total"] - idle
     assert (report["experts"], report["shared"], report["top_k"]) == (8, 2, 4)
     assert report["exact"] is True
     assert report["difference"] < 1e-4
@@ -441,9 +444,85 @@ def test_a_missing_model_and_a_taken_output_are_one_line(dense: Path, tmp_path: 
     taken.mkdir()
     (taken / "file").write_text("keep me")
     assert_user_error(run_cli("convert", dense, "-o", taken, *rest), "not empty")
-    assert run_cli("convert", dense, "-o", taken, *rest, "--overwrite").exit_code == 0
-    assert not (taken / "file").exists()
-    assert (taken / "moesaic.json").is_file()
+    result = run_cli("convert", dense, "-o", taken, *rest, "--overwrite")
+    assert_user_error(result, "moesaic did not make it")
+    assert (taken / "file").read_text() == "keep me"
+    earlier = tmp_path / "earlier"
+    assert run_cli("convert", dense, "-o", earlier, *rest).exit_code == 0
+    (earlier / "stale").write_text("of the earlier run")
+    assert run_cli("convert", dense, "-o", earlier, *rest, "--overwrite").exit_code == 0
+    assert not (earlier / "stale").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"--seed": -1}, "seed=-1"),
+        ({"--seed": 2**70}, "2^63"),
+        ({"--scale": "nan"}, "scale=nan"),
+        ({"--scale": "2,0"}, "scale=[2.0, 0.0]"),
+        ({"--scale": "-1"}, "scale=-1"),
+        ({"--shared-scale": "inf"}, "shared_scale=inf"),
+        ({"--experts": 0}, "experts=0"),
+        ({"--data": "nowhere.jsonl"}, "no such file"),
+    ],
+    ids=str,
+)
+def test_numbers_and_paths_that_cannot_be_are_refused(
+    options: dict[str, Any], word: str, dense: Path, tmp_path: Path
+) -> None:
+    given = {"--experts": 4, "--top-k": 2, **options}
+    flat = [f"{name}={value}" for name, value in given.items()]
+    assert_user_error(run_cli("convert", dense, "-o", tmp_path / "moe", *flat), word)
+    assert not list(tmp_path.glob("*moe*"))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "word"),
+    [
+        ("hidden_act", "sulu", "did you mean 'silu'"),
+        ("rope_parameters", {"rope_type": "yarm", "rope_theta": 1e4}, "did you mean 'yarn'"),
+        ("architectures", "LlamaForQuestions", "LlamaForQuestions"),
+    ],
+)
+def test_config_values_that_transformers_lacks_are_named(
+    field: str, value: Any, word: str, dense: Path, tmp_path: Path
+) -> None:
+    model = copy_of(dense, tmp_path / "dense")
+    edit_config(model, **{field: value})
+    rest = ("-o", tmp_path / "moe", "--experts", 4, "--top-k", 2)
+    assert_user_error(run_cli("convert", model, *rest), word)
+    if field != "architectures":
+        assert_user_error(run_cli("generate", model, "-p", "a", "--tokenizer", model))
+
+
+def test_the_report_counts_active_parameters_as_info_does(dense: Path, tmp_path: Path) -> None:
+    for name, shared in (("moe", 0), ("residual", 1)):
+        out = tmp_path / name
+        rest = ("--experts", 4, "--top-k", 2, "--shared", shared, "--json")
+        made = run_cli("convert", dense, "-o", out, *rest).json
+        found = run_cli("info", out, "--json").json["anatomy"]
+        assert made["parameters_total"] == found["params_total"]
+        assert made["parameters_active"] == found["params_active"]
+
+
+def test_overwriting_never_takes_the_input(dense: Path, tmp_path: Path) -> None:
+    moe = tmp_path / "runs" / "moe"
+    rest = ("--experts", 4, "--top-k", 2)
+    assert run_cli("convert", dense, "-o", moe, *rest).exit_code == 0
+    before = sorted(path.stat().st_mtime_ns for path in [*moe.iterdir(), *dense.iterdir()])
+    (tmp_path / "runs" / "moesaic.json").write_text("{}")
+    for command in (
+        ("convert", dense, "-o", dense, *rest),
+        ("convert", dense, "-o", moe, "--top-k", 2, "--split", moe),
+        ("split", dense, "-o", dense, "--experts", 4),
+        ("router", dense, "-o", moe, "--split", moe),
+        ("export", moe, "-o", moe),
+        ("export", moe, "-o", moe.parent),
+    ):
+        assert_user_error(run_cli(*command, "--overwrite"), "holds an input")
+    after = sorted(path.stat().st_mtime_ns for path in [*moe.iterdir(), *dense.iterdir()])
+    assert after == before
 
 
 def test_splits_and_routers_of_other_models_are_refused(dense: Path, tmp_path: Path) -> None:

@@ -49,8 +49,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_random_routers_follow_the_initializer_range_and_the_seed(tmp_path: Path) -> None:
-    model = write_dense(tmp_path / "wide", hidden_size=512, intermediate_size=64, num_hidden_layers=1,
-                        initializer_range=0.05)  # fmt: skip
+    sizes = {"hidden_size": 512, "intermediate_size": 64, "num_hidden_layers": 1}
+    model = write_dense(tmp_path / "wide", **sizes, initializer_range=0.05)
     division = split(model, method="random", experts=64)
     made = init_router(model, split=division, seed=3)
     weights = made.layers[0]
@@ -222,6 +222,9 @@ def test_settings_come_from_yaml_and_wrong_ones_are_named(
     settings.write_text("method: select\nepoch: 2\n")
     assert_user_error(run_cli(*command, settings, "-o", tmp_path / "x"), "epoch", "'epochs'")
     assert_user_error(run_cli(*command, "selekt", "-o", tmp_path / "x"), "did you mean 'select'")
+    for wrong in (0, 1 + division.num_experts):
+        result = run_cli(*command, "random", "-o", tmp_path / "x", "--top-k", wrong)
+        assert_user_error(result, f"top_k={wrong}", "routed experts")
     assert not (tmp_path / "x").exists()
 
 

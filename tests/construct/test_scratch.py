@@ -88,6 +88,8 @@ def test_rope_theta_arrives_where_the_model_reads_it():
         ({"hidden_size": "many"}, "hidden_size"),
         ({"experts": 4}, "no such field"),
         ({"hidden_size": 15}, "15"),
+        ({"hidden_act": "sulu"}, "sulu"),
+        ({"vocab_size": -1}, "-1"),
     ],
 )
 def test_wrong_fields_are_refused(fields, words):

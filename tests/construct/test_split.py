@@ -179,6 +179,10 @@ def test_files_that_are_no_split_are_refused(tmp_path: Path) -> None:
         ({"experts": 4, "method": "sharing-inter"}, "needs shared experts"),
         ({"experts": 4, "method": {"method": "cluster", "metrc": "cos"}}, "Did you mean 'metric'"),
         ({"experts": 4, "method": {"metric": "cos"}}, "name no method"),
+        ({"experts": 4, "method": {"method": "coactivation", "tokens": 0}}, "'tokens' is 0"),
+        ({"experts": 4, "method": {"method": "gradient", "context": 1}}, "'context' is 1"),
+        ({"experts": 4, "seed": -1}, "seed=-1"),
+        ({"experts": 4, "data": "nowhere.jsonl"}, "no such file"),
     ],
 )
 def test_wrong_requests_name_the_cure(arguments: dict[str, Any], message: str) -> None:

@@ -117,6 +117,7 @@ def test_wrong_data_says_what_is_wrong(tmp_path: Path, corpus: Path) -> None:
         (str(corpus / "books" / "trian.jsonl"), "no such file or folder. Did you mean 'train."),
         ("corpus/a/b/c.jsonl", "no such file or folder"),
         ("./missing", "no such file or folder"),
+        ("", "empty name"),
         (tmp_path / "folder", "holds no .jsonl or .txt file"),
         (tmp_path / "x.parquet", "not a kind of text"),
         (tmp_path / "two", "two sources are called 'a'"),

@@ -187,6 +187,14 @@ def truncated_pickle(path: Path) -> None:
     file.write_bytes(file.read_bytes()[:1000])
 
 
+def plain_bytes(path: Path) -> None:
+    (directory(path) / "pytorch_model.bin").write_bytes(b"hello world")
+
+
+def index_of_nothing(path: Path) -> None:
+    (directory(path) / "model.safetensors.index.json").write_text('{"weight_map": []}')
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -201,6 +209,8 @@ def truncated_pickle(path: Path) -> None:
         (missing_index, "index.json is missing"),
         (pickle_of_code, "other than plain tensors"),
         (pickle_of_numbers, "other than a dict of plain tensors"),
+        (plain_bytes, "pytorch_model.bin is truncated or no checkpoint"),
+        (index_of_nothing, "holds no weight_map"),
         (truncated_pickle, "pytorch_model.bin is truncated"),
     ],
 )

@@ -23,14 +23,14 @@ def command(
     split: Annotated[
         str,
         typer.Option(
-            help="A name of `moesaic list split`, a YAML file of its settings (`method: cluster`, "
+            help="A name of `moesaic list splits`, a YAML file of its settings (`method: cluster`, "
             "`metric: cos`), or what `moesaic split` wrote."
         ),
     ] = "random",
     router: Annotated[
         str,
         typer.Option(
-            help="A name of `moesaic list router`, a YAML file of its settings, or what "
+            help="A name of `moesaic list routers`, a YAML file of its settings, or what "
             "`moesaic router` wrote."
         ),
     ] = "random",

@@ -48,7 +48,8 @@ def command(
 
     def render() -> None:
         print(f"parameters   {result['parameters_total']:,}")
-        print(f"neurons      in the order of the {result['neuron_order']}")
+        order = "the dense model" if result["neuron_order"] == "dense" else "the experts"
+        print(f"neurons      in the order of {order}")
         print(f"exact        layers differ by {result['difference']:.2g}")
 
     emit(result, json=json, render=render, path=path)

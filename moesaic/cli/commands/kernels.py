@@ -60,7 +60,7 @@ def check(
     """
     import torch
 
-    from moesaic.core.errors import MoesaicError, UserError
+    from moesaic.core.errors import MoesaicError, UserError, check_seed
     from moesaic.kernels.check import check as run
     from moesaic.models.expert_shapes import expert_shapes
 
@@ -84,7 +84,7 @@ def check(
                 dtype=dtype,
                 device=place,
                 activation=shape.activation,
-                seed=seed,
+                seed=check_seed(seed),
             )
             results.append({"experts": shape.name, **result.to_dict()})
 

@@ -26,8 +26,8 @@ def command(
 
     if kind is None:
         entries = {name: what for name, (what, _) in KINDS.items()}
-    elif kind in KINDS:
-        entries = KINDS[kind][1]()
+    elif kind in KINDS or f"{kind}s" in KINDS:
+        entries = KINDS[kind if kind in KINDS else f"{kind}s"][1]()
     else:
         raise unknown("kind", kind, KINDS)
 

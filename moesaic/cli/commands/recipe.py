@@ -68,6 +68,8 @@ def copy(name: Name, out: OutOption = Path(), json: JsonOption = False) -> None:
     from moesaic.recipes import locate
 
     _, source = locate(name)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file. Give a directory for the output.")
     target = out / source.name
     if target.exists():
         raise UserError(f"{target} exists. Choose another -o, or remove it.")

@@ -18,7 +18,7 @@ def command(
     split: Annotated[Path, typer.Option(help="What `moesaic split` wrote for this model.")],
     method: Annotated[
         str,
-        typer.Option(help="A name of `moesaic list router`, or a YAML file of its settings."),
+        typer.Option(help="A name of `moesaic list routers`, or a YAML file of its settings."),
     ] = "random",
     gate: Annotated[str, typer.Option(help="Router network: mlp or linear.")] = "mlp",
     top_k: Annotated[

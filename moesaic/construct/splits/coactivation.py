@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import ClassVar, Literal
 
 import numpy as np
+from pydantic import Field
 
 from moesaic.construct.method import LayerSplit, SplitInputs, SplitMethod
 from moesaic.construct.splits import SPLITS
@@ -24,17 +25,17 @@ class Coactivation(SplitMethod):
 
     kernel: Literal["plain", "l1", "l2"] = "l1"
     """What counts as activity: the value, its absolute value, or its square."""
-    threshold: float = float("inf")
+    threshold: float = Field(default=float("inf"), gt=0)
     """The most that a pair of neurons gains from one shard of text (LLaMA-MoE: 1)."""
     edges: Literal["strongest", "percentile"] = "strongest"
     """Links to the neurons most active together, or LLaMA-MoE's to all above a percentile."""
-    neighbours: int = 64
+    neighbours: int = Field(default=64, ge=1)
     """Links a neuron chooses, under `strongest`."""
-    tokens: int = 32_768
+    tokens: int = Field(default=32_768, ge=1)
     """Tokens read."""
-    context: int = 512
+    context: int = Field(default=512, ge=1)
     """Tokens of a row."""
-    shard_tokens: int = 4096
+    shard_tokens: int = Field(default=4096, ge=1)
     """Tokens of a shard, what is in memory at once."""
 
     def divide(self, inputs: SplitInputs) -> Iterator[LayerSplit]:
