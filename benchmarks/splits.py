@@ -145,8 +145,8 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def run_one(key: Key, args: argparse.Namespace) -> dict[str, Any]:
     from moesaic.core.lineage import read_lineage, versions
-    from moesaic.train.loop import train
-    from moesaic.train.telemetry import read_log_lines
+    from moesaic.training.loop import train
+    from moesaic.training.telemetry import read_log_lines
 
     started = time.monotonic()
     folder = args.work / "run"

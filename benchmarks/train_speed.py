@@ -23,11 +23,11 @@ from moesaic.construct.scratch import init
 from moesaic.data import MixtureStream, TokenDomain
 from moesaic.models.anatomy import anatomy
 from moesaic.models.load import load
-from moesaic.train.batches import prefetch
-from moesaic.train.config import OptimizerConfig
-from moesaic.train.optimizer import Optimizer
-from moesaic.train.step import build_pass, run_update
-from moesaic.train.telemetry import peak_flops
+from moesaic.training.batches import prefetch
+from moesaic.training.config import OptimizerConfig
+from moesaic.training.optimizer import Optimizer
+from moesaic.training.step import build_pass, run_update
+from moesaic.training.telemetry import peak_flops
 
 
 def sync(device: torch.device) -> None:

@@ -14,13 +14,13 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from moesaic.recipes import recipes, summary
-from moesaic.train.config import TrainConfig
+from moesaic.training.config import TrainConfig
 
 PAGE = Path(__file__).parent / "training.md"
 HEAD = """\
 # Training
 
-<!-- Made by docs/make_training.py: change that and moesaic/train/config.py, then run make docs. -->
+<!-- Made by docs/make_training.py: change that and moesaic/training/config.py, then run make docs. -->
 
 `moesaic train FILE.yaml -o OUT --model DIR` continues the pre-training of a model, or trains one
 that `moesaic init` made. In Python: `moesaic.train("file.yaml", model="runs/moe",

@@ -16,7 +16,7 @@ _PUBLIC = {
     "convert": "moesaic.construct.convert",
     "split": "moesaic.construct.split",
     "init": "moesaic.construct.scratch",
-    "train": "moesaic.train.loop",
+    "train": "moesaic.training.loop",
     "generate": "moesaic.generation",
 }
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from moesaic.generation import generate
     from moesaic.models.anatomy import anatomy
     from moesaic.models.load import load
-    from moesaic.train.loop import train
+    from moesaic.training.loop import train
 
 
 def __getattr__(name: str) -> Any:

@@ -14,7 +14,7 @@ LEVELS = [
     {"models", "kernels"},
     {"data"},
     {"measure"},
-    {"construct", "train", "routing", "evaluate", "generation", "report", "hub", "plan"},
+    {"construct", "training", "routing", "evaluate", "generation", "report", "hub", "plan"},
     {"integrations"},
     {"cli", "demo", "__init__", "__main__"},
 ]

@@ -207,8 +207,8 @@ class _Run:
 
     def train(self, best: dict[str, Any], *, tokens: int | None, seconds: float | None) -> None:
         """Train the best conversion on, and read the curve off the run's log."""
-        from moesaic.train.loop import train
-        from moesaic.train.telemetry import LOG_NAME, read_log_lines
+        from moesaic.training.loop import train
+        from moesaic.training.telemetry import LOG_NAME, read_log_lines
 
         source, out = self.converted(best["split"]), self.trained
         tokens = tokens or self._affordable(source, seconds)

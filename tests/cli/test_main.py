@@ -1,8 +1,9 @@
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
-import time
+from pathlib import Path
 
 import pytest
 
@@ -22,11 +23,12 @@ def test_unknown_command_and_missing_file_exit_with_2(tmp_path):
 
 def test_help_is_fast():
     def seconds() -> float:
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, "-m", "moesaic", "--help"], check=True, capture_output=True)
-        return time.perf_counter() - start
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
-    assert min(seconds() for _ in range(5)) < 0.5
+    assert min(seconds() for _ in range(3)) < 0.5  # of the processor: a busy machine may wait
 
 
 def test_public_names_resolve():
@@ -54,3 +56,9 @@ def test_wrong_arguments_are_one_line_with_the_cure(arguments: list[str], words:
 
 def test_list_takes_the_singular():
     assert run_cli("list", "split", "--json").json == run_cli("list", "splits", "--json").json
+
+
+def test_no_room_hides_a_public_name():
+    """`import moesaic.x` sets the attribute `x`: a room of that name would replace the function."""
+    rooms = {path.stem for path in Path(moesaic.__file__).parent.iterdir()}
+    assert not rooms & set(moesaic.__all__)

@@ -1,7 +1,7 @@
 import runpy
 from pathlib import Path
 
-from moesaic.train.config import TrainConfig
+from moesaic.training.config import TrainConfig
 
 DOCS = Path(__file__).parents[2] / "docs"
 

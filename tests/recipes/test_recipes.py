@@ -4,7 +4,7 @@ import pytest
 
 from moesaic.core.config import load, parse_yaml
 from moesaic.recipes import recipes, summary
-from moesaic.train.config import TrainConfig
+from moesaic.training.config import TrainConfig
 from tests.helpers import assert_user_error, run_cli
 
 

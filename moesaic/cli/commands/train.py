@@ -33,7 +33,7 @@ def command(
     Example: `moesaic train cpt-tiny -o runs/cpt --model runs/moe --set steps=50`
     """
     from moesaic.recipes import find
-    from moesaic.train.loop import plan, read_config, train
+    from moesaic.training.loop import plan, read_config, train
 
     settings = read_config(find(file, kind="train"), model=model, overrides=set_ or ())
     if dry_run:

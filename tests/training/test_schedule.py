@@ -3,8 +3,8 @@ import json
 import pytest
 import torch
 
-from moesaic.train.config import ScheduleConfig
-from moesaic.train.schedule import Schedule, multiplier
+from moesaic.training.config import ScheduleConfig
+from moesaic.training.schedule import Schedule, multiplier
 from tests.helpers import GOLDEN
 
 

@@ -29,7 +29,7 @@ from torch import nn
 
 from moesaic.core.errors import UserError
 from moesaic.core.files import output_directory
-from moesaic.train.optimizer import Optimizer
+from moesaic.training.optimizer import Optimizer
 
 FOLDER = "checkpoints"
 

@@ -19,11 +19,11 @@ from moesaic.core.files import make_readable
 from moesaic.core.lineage import FILE_NAME as LINEAGE
 from moesaic.core.lineage import read_lineage, write_lineage
 from moesaic.models.save import save
-from moesaic.train import state
+from moesaic.training import state
 
 if TYPE_CHECKING:
-    from moesaic.train.config import TrainConfig
-    from moesaic.train.loop import Run
+    from moesaic.training.config import TrainConfig
+    from moesaic.training.loop import Run
 
 _PARTIAL = ".model.partial"
 _CONFIG = "config.json"  # written last: without it the directory is no model

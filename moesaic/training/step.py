@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from moesaic.core.errors import UserError
-from moesaic.train.optimizer import Optimizer
+from moesaic.training.optimizer import Optimizer
 
 BalanceKind = Literal["llama_moe", "native"]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from moesaic.train.config import ScheduleConfig
+from moesaic.training.config import ScheduleConfig
 
 if TYPE_CHECKING:
     import torch

@@ -2,17 +2,17 @@ import pytest
 import torch
 
 from moesaic.core.errors import UserError
-from moesaic.train.config import OptimizerConfig
-from moesaic.train.optimizer import Optimizer, is_router
-from moesaic.train.setup import recompute_activations
-from moesaic.train.step import (
+from moesaic.training.config import OptimizerConfig
+from moesaic.training.optimizer import Optimizer, is_router
+from moesaic.training.setup import recompute_activations
+from moesaic.training.step import (
     accumulate,
     balance_kind,
     build_pass,
     run_update,
     set_balance_coefficient,
 )
-from tests.train import models
+from tests.training import models
 
 T = 12
 

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from moesaic.data.tokenizer import train_tokenizer
-from tests.train import models
+from tests.training import models
 
 VOCABULARY = 300
 

@@ -17,7 +17,7 @@ from moesaic.models.catalog import find
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.load import load
 from moesaic.models.tokenizer import load_tokenizer
-from moesaic.train.config import TrainConfig
+from moesaic.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

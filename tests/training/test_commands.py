@@ -4,7 +4,7 @@ import pytest
 
 from moesaic.core.config import to_yaml
 from tests.helpers import assert_user_error, run_cli
-from tests.train import models
+from tests.training import models
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from moesaic.train.config import OptimizerConfig
+from moesaic.training.config import OptimizerConfig
 
 Named = list[tuple[str, nn.Parameter]]
 

@@ -7,10 +7,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moesaic.core.errors import MoesaicError, UserError
-from moesaic.train.loop import train
-from moesaic.train.state import states
-from moesaic.train.telemetry import read_log_lines
-from tests.train import models
+from moesaic.training.loop import train
+from moesaic.training.state import states
+from moesaic.training.telemetry import read_log_lines
+from tests.training import models
 
 
 def log(path, event="train"):
@@ -36,7 +36,7 @@ class Stop(Exception):
 
 def stop_after(monkeypatch, updates):
     """Make the loop raise after so many updates, as a crash would."""
-    from moesaic.train import loop
+    from moesaic.training import loop
 
     original, done = loop.run_update, []
 
@@ -216,7 +216,7 @@ def test_a_diverging_run_stops_at_the_update_and_keeps_its_states(settings, tmp_
 def test_a_full_disk_leaves_the_last_state_whole(settings, tmp_path, monkeypatch):
     from safetensors import SafetensorError
 
-    from moesaic.train import state
+    from moesaic.training import state
 
     config, original, calls = settings(), state.save_file, []
 
@@ -338,11 +338,11 @@ def test_master_weights_run_resumes_too(settings, tmp_path, monkeypatch):
     assert {t.dtype for t in weights(straight).values()} == {torch.bfloat16}
 
 
-def test_the_package_is_the_function_of_the_public_api(settings, tmp_path):
+def test_the_public_functions(settings, tmp_path):
     import moesaic
 
+    assert moesaic.train is train
     assert moesaic.train(settings(steps=2), out=tmp_path / "a") == tmp_path / "a"
-    assert moesaic.train.loop.train is train
     assert moesaic.init("llama-4m", out=tmp_path / "m") == tmp_path / "m"
 
 

@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from moesaic.core.config import to_yaml
-from moesaic.train.state import states
+from moesaic.training.state import states
 from tests.helpers import run_cli
-from tests.train.test_loop import course, log, weights
+from tests.training.test_loop import course, log, weights
 
 # Kills itself inside the third save, when one of the state's files is written and the others are
 # not.
 KILLED_WHILE_SAVING = """
 import os, signal, sys
-from moesaic.train import state
+from moesaic.training import state
 saves, original = [], state.save_file
 def save_file(tensors, path):
     saves.append(path)

@@ -1,8 +1,8 @@
 import torch
 
-from moesaic.train.config import OptimizerConfig
-from moesaic.train.optimizer import Optimizer, decays, is_router
-from tests.train import models
+from moesaic.training.config import OptimizerConfig
+from moesaic.training.optimizer import Optimizer, decays, is_router
+from tests.training import models
 
 
 def test_decay_leaves_out_norms_and_biases_and_nothing_else():

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from moesaic.train.config import OptimizerConfig
-from moesaic.train.loop import train
-from moesaic.train.optimizer import Optimizer
-from moesaic.train.step import build_pass, run_update
-from tests.train import models
-from tests.train.test_loop import Stop, course, log, stop_after
+from moesaic.training.config import OptimizerConfig
+from moesaic.training.loop import train
+from moesaic.training.optimizer import Optimizer
+from moesaic.training.step import build_pass, run_update
+from tests.training import models
+from tests.training.test_loop import Stop, course, log, stop_after
 
 pytestmark = [
     pytest.mark.gpu,

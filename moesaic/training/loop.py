@@ -27,12 +27,12 @@ from moesaic.core.console import note, progress
 from moesaic.core.errors import MoesaicError, UserError
 from moesaic.core.files import write_text
 from moesaic.data.dynamic import reference_losses, update_weights
-from moesaic.train import batches, export, setup, state
-from moesaic.train.config import TrainConfig
-from moesaic.train.optimizer import Optimizer
-from moesaic.train.schedule import Schedule
-from moesaic.train.step import PassOutput, build_pass, run_update, set_balance_coefficient
-from moesaic.train.telemetry import LOG_NAME, Clock, Log, Window, peak_flops
+from moesaic.training import batches, export, setup, state
+from moesaic.training.config import TrainConfig
+from moesaic.training.optimizer import Optimizer
+from moesaic.training.schedule import Schedule
+from moesaic.training.step import PassOutput, build_pass, run_update, set_balance_coefficient
+from moesaic.training.telemetry import LOG_NAME, Clock, Log, Window, peak_flops
 
 CONFIG_NAME = "train.yaml"
 
