@@ -157,9 +157,10 @@ def page(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
 
 {options.rows} rows of {options.columns} numbers into clusters of exactly equal size (a layer of
 LLaMA-2-7B has 11008 of 4096), against k-means-constrained with n_init 10 and max_iter 500, one
-thread each, on the same matrices in the same run. SS: sum of squares within clusters, lower is better. Explained: share
-of the variance between clusters. CPU s: user + system seconds of all threads, from the matrix in
-memory to the labels; moesaic's are numpy only, so nothing is compiled or cached beforehand.
+thread each, on the same matrices in the same run. SS: sum of squares within clusters, lower is
+better. Explained: share of the variance between clusters. CPU s: user + system seconds of all
+threads, from the matrix in memory to the labels; moesaic uses numpy and torch, so nothing is
+compiled beforehand.
 
 {table(rows)}
 
