@@ -20,7 +20,7 @@ LEVELS = [
 ]
 LEVEL = {room: index for index, rooms in enumerate(LEVELS) for room in rooms}
 LIGHT = {"core", "cli", "__init__", "__main__"}
-HEAVY = {"torch", "transformers", "numpy", "datasets", "matplotlib", "numba"}
+HEAVY = {"torch", "transformers", "numpy", "datasets", "matplotlib"}
 # Rooms that share a level and may know each other, with the reason.
 NEIGHBOURS = {("models", "kernels")}  # models register the experts kernels
 
