@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesaic.construct.splits import SPLITS
-from moesaic.core.config import Config, parse
+from moesaic.core.config import Config
 from moesaic.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -158,16 +158,7 @@ def resolve_method(method: str | Mapping[str, Any] | SplitMethod) -> SplitMethod
 
     Raises UserError for an unknown name or field, with the nearest one.
     """
-    if isinstance(method, SplitMethod):
-        return method
-    settings = {"method": method} if isinstance(method, str) else dict(method)
-    if "method" not in settings:
-        raise UserError(
-            f"Split settings with the keys {sorted(settings)} name no method. Add method: one "
-            f"of {', '.join(SPLITS.names())}."
-        )
-    name = str(settings.pop("method"))
-    chosen = parse(SPLITS.get(name), settings, source=f"split {name}")
+    chosen = SPLITS.resolve(method)
     assert isinstance(chosen, SplitMethod)
     return chosen
 

@@ -22,7 +22,7 @@ from safetensors.torch import save as serialise
 from moesaic.construct.dense import DenseModel, open_dense
 from moesaic.construct.routers import ROUTERS
 from moesaic.construct.split import NeuronSplit
-from moesaic.core.config import Config, parse
+from moesaic.core.config import Config
 from moesaic.core.console import track
 from moesaic.core.errors import UserError, check_seed
 from moesaic.core.files import check_step, output_directory, write_bytes, write_text
@@ -286,13 +286,5 @@ def make_router(
 
 def resolve_router(method: str | Mapping[str, Any] | RouterMethod) -> RouterMethod:
     """Return the method object that a name, a mapping with the key `method`, or an object means."""
-    if isinstance(method, RouterMethod):
-        return method
-    settings = {"method": method} if isinstance(method, str) else dict(method)
-    if "method" not in settings:
-        raise UserError(
-            f"Router settings with the keys {sorted(settings)} name no method. Add method: one of "
-            f"{', '.join(ROUTERS.names())}."
-        )
-    name = str(settings.pop("method"))
-    return parse(ROUTERS.get(name), settings, source=f"router {name}")
+    chosen: RouterMethod = ROUTERS.resolve(method)
+    return chosen

@@ -11,10 +11,12 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+from collections.abc import Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from moesaic.core.config import Config, parse
 from moesaic.core.errors import MoesaicError, UserError, unknown
 
 T = TypeVar("T")
@@ -65,6 +67,23 @@ class Registry(Generic[T]):
         if name not in self._entries:
             raise unknown(self.kind, name, self.names())
         return self._entries[name]
+
+    def resolve(self, choice: str | Mapping[str, Any] | Config) -> Any:
+        """Return the settings that a name, ``{"method": name, field: value}`` or an object mean.
+
+        For kinds whose entries are Config classes. Raises UserError for an unknown name or field.
+        """
+        if isinstance(choice, Config):
+            return choice
+        settings = {"method": choice} if isinstance(choice, str) else dict(choice)
+        if "method" not in settings:
+            raise UserError(
+                f"Settings of a {self.kind} with the keys {sorted(settings)} name no method. "
+                f"Add method: one of {', '.join(self.names())}."
+            )
+        name = str(settings.pop("method"))
+        cls: Any = self.get(name)
+        return parse(cls, settings, source=f"{self.kind} {name}")
 
     def describe(self) -> dict[str, str]:
         """Map every key to the first line of its docstring (imports the files)."""
