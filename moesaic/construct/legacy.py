@@ -250,11 +250,11 @@ def _groups(value: Any, file: Path, width: int, shared: int) -> list[NDArray[np.
     if np.ndim(value[0]):
         return [_whole(group, file) for group in value]
     labels_F = _whole(value, file)
-    if len(labels_F) != width or labels_F.min() < 0:
+    if len(labels_F) != width or labels_F.min() < 0 or labels_F.max() >= width:
         raise UserError(
-            f"{file} holds {len(labels_F)} labels from {labels_F.min()} on, but a layer of the "
-            "model "
-            f"has {width} neurons and experts count from 0. Was it made for another model?"
+            f"{file} holds {len(labels_F)} labels from {labels_F.min()} to {labels_F.max()}, but a "
+            f"layer of the model has {width} neurons and experts count from 0. Was it made for "
+            "another model?"
         )
     if shared:
         raise UserError(

@@ -131,6 +131,9 @@ def test_folders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     save_layers(folder, [[0.5, 1.0] * 32])
     with pytest.raises(UserError, match="whole numbers"):
         import_split(folder, layers=1, width=64, template=UP)
+    save_layers(folder, [[0, 10**9] * 32])  # once a loop over a thousand million experts
+    with pytest.raises(UserError, match="to 1000000000"):
+        import_split(folder, layers=1, width=64, template=UP)
     save_layers(folder, [[0, 2] * 32])  # no neuron for expert 1
     with pytest.raises(UserError, match="holds no neuron"):
         import_split(folder, layers=1, width=64, template=UP)
