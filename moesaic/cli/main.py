@@ -107,7 +107,8 @@ def _misused(error: Any) -> int:
 def _describe(error: Exception) -> str:
     if isinstance(error, MoesaicError):
         return " ".join(str(error).split("\n"))
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    full = os.strerror(errno.ENOSPC)  # safetensors has errors of its own, with the system's words
+    if getattr(error, "errno", None) == errno.ENOSPC or full in str(error):
         return f"no space left{_file(error)}. Free some space; the partial output was removed."
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return f"out of memory: {str(error).partition(chr(10))[0]}"
@@ -115,8 +116,9 @@ def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {detail} (run again with --debug for the traceback)"
 
 
-def _file(error: OSError) -> str:
-    return f" while writing {error.filename}" if error.filename else ""
+def _file(error: Exception) -> str:
+    name = getattr(error, "filename", None)
+    return f" while writing {name}" if name else ""
 
 
 def _fail(message: str, code: int) -> int:

@@ -118,7 +118,7 @@ def parse(cls: type[C], data: Mapping[str, Any], *, source: str) -> C:
     try:
         return cls.model_validate(dict(data))
     except ValidationError as error:
-        raise UserError(f"{source}: {_explain(cls, error)}") from None
+        raise UserError(f"{source}: {_explain(cls, error, data)}") from None
 
 
 def load(cls: type[C], path: Path | str, *, overrides: Sequence[str] = ()) -> C:
@@ -132,10 +132,10 @@ def to_yaml(config: BaseModel | Mapping[str, Any]) -> str:
     return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)
 
 
-def _explain(cls: type[BaseModel], error: ValidationError) -> str:
+def _explain(cls: type[BaseModel], error: ValidationError, data: Any) -> str:
     problems = error.errors(include_url=False)
     first = problems[0]
-    path = [str(part) for part in first["loc"]]
+    path = _keys(first["loc"], data, missing=first["type"] == "missing")
     name = ".".join(path)
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     match first["type"]:
@@ -153,6 +153,19 @@ def _explain(cls: type[BaseModel], error: ValidationError) -> str:
         case _:
             reason = first["msg"][0].lower() + first["msg"][1:]
             return f"'{name}' is {first['input']!r}: {reason}.{more}"
+
+
+def _keys(loc: Sequence[int | str], data: Any, *, missing: bool) -> list[str]:
+    """The keys of `data` in an error's location; of a union pydantic also names the member."""
+    keys = []
+    for part in loc:
+        found = isinstance(data, Mapping) and part in data
+        if found or (isinstance(part, int) and isinstance(data, Sequence) and part < len(data)):
+            data = data[part]
+        elif not (missing and part == loc[-1]):
+            continue
+        keys.append(str(part))
+    return keys
 
 
 def _model_at(cls: type[BaseModel], loc: Sequence[int | str]) -> type[BaseModel] | None:

@@ -36,13 +36,20 @@ def check_output(path: Path | str, *, overwrite: bool = False) -> Path:
     `overwrite` removes whatever is there: a caller says so only of what it made itself (see
     `check_step`).
     """
-    path = Path(path).expanduser().absolute()
-    # os.path says False of a name that is too long, where Path raises.
-    there = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
-    if not there.is_dir():
-        raise UserError(f"{there} is a file. Give a directory for the output.")
+    path = check_folder(path).absolute()
     if not overwrite and os.path.isdir(path) and any(path.iterdir()):
         raise UserError(f"{path} exists and is not empty. Choose another -o, or remove it.")
+    return path
+
+
+def check_folder(path: Path | str) -> Path:
+    """Return `path` as given, `~` expanded. Raises UserError when it is or lies under a file."""
+    path = Path(path).expanduser()
+    whole = path.absolute()
+    # os.path says False of a name that is too long, where Path raises.
+    there = next(parent for parent in (whole, *whole.parents) if os.path.lexists(parent))
+    if not there.is_dir():
+        raise UserError(f"{there} is a file. Give a directory for the output.")
     return path
 
 

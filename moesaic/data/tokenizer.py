@@ -46,6 +46,8 @@ def train_tokenizer(
             f"vocabulary={vocabulary} but the 256 bytes and {len(_SPECIAL)} special tokens need "
             f"{smallest}. Give {smallest} or more."
         )
+    if max_bytes is not None and max_bytes < 1:
+        raise UserError(f"max_bytes={max_bytes} was given. Give 1 or more, or leave it out.")
     domains = open_domains(data)
     with output_directory(Path(out)) as partial:
         tokenizer = _wrap(_train(_texts(domains, max_bytes), vocabulary), context)

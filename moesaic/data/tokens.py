@@ -29,6 +29,7 @@ import numpy as np
 
 from moesaic.core.console import progress
 from moesaic.core.errors import UserError
+from moesaic.core.files import check_folder
 from moesaic.data.sources import Data, Source, open_domains
 
 _FORMAT = 1
@@ -93,7 +94,7 @@ def open_tokens(
     data and for a domain without a single token.
     """
     sources = open_domains(data)
-    folder = cache_directory() if cache is None else Path(cache)
+    folder = cache_directory() if cache is None else check_folder(cache)
     fingerprint = tokenizer_fingerprint(tokenizer)
     opened = {}
     for name, source in sources.items():
@@ -169,6 +170,8 @@ def _write(path: Path, source: Source, tokenizer: Any, name: str) -> None:
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            path.parent.rmdir()  # a cache that nothing came into
 
 
 def _write_entry(folder: Path, source: Source, tokenizer: Any, name: str) -> None:

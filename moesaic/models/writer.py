@@ -81,8 +81,8 @@ class CheckpointWriter:
         free = shutil.disk_usage(self.directory).free
         if self.total_bytes > free:
             raise MoesaicError(
-                f"No space left: {self.directory.parent} has {free / 1e9:.2f} GB free, the "
-                f"checkpoint needs {self.total_bytes / 1e9:.2f} GB. Free some space or write "
+                f"No space left: {self.directory.parent} has {free / 1e6:,.1f} MB free, the "
+                f"checkpoint needs {self.total_bytes / 1e6:,.1f} MB. Free some space or write "
                 "elsewhere."
             )
         self._lock = threading.Lock()

@@ -21,14 +21,16 @@ def recipes(kind: Kind) -> dict[str, Path]:
 
 
 def find(name: Path | str, *, kind: Kind) -> Path:
-    """Return a YAML file given by path, or a shipped recipe given by name.
+    """Return a YAML file given by path, or a shipped recipe: `cpt-tiny`, `recipes/cpt-tiny.yaml`.
 
     Raises UserError for a name that is neither, with the nearest and all names.
     """
     path = Path(name)
+    shipped = recipes(kind)
+    if path.parent == Path("recipes") and path.stem in shipped and not path.exists():
+        return shipped[path.stem]  # recipes/cpt-tiny.yaml: the shipped one, from any folder
     if path.suffix in (".yaml", ".yml") or path.is_file():
         return path  # a missing file is reported by who reads it
-    shipped = recipes(kind)
     if str(name) not in shipped:
         raise unknown("recipe" if kind == "train" else "preset", str(name), shipped)
     return shipped[str(name)]

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from moesaic.core.config import Config
 
@@ -62,6 +62,15 @@ class DataConfig(Config):
     cache: Path | None = None
     """Folder for tokenised text; None: $MOESAIC_CACHE, else the user's cache folder."""
 
+    @field_validator("train", "valid", mode="before")
+    @classmethod
+    def _paths_are_text(cls, given: Any) -> Any:
+        if isinstance(given, Mapping):
+            return {name: cls._paths_are_text(value) for name, value in given.items()}
+        if isinstance(given, list | tuple):
+            return [str(item) if isinstance(item, Path) else item for item in given]
+        return str(given) if isinstance(given, Path) else given
+
 
 class BatchConfig(Config):
     """How many sequences make one optimizer update."""
@@ -94,7 +103,7 @@ class BatchConfig(Config):
 class OptimizerConfig(Config):
     """AdamW; weight decay leaves out biases and norm weights."""
 
-    lr: float = Field(default=3e-4, gt=0)
+    lr: float = Field(default=3e-4, gt=0, allow_inf_nan=False)
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay of the two moments."""
@@ -106,6 +115,13 @@ class OptimizerConfig(Config):
     """Largest norm of the whole gradient; None: no clipping."""
     router_lr: float = Field(default=1.0, gt=0)
     """Factor on the learning rate of the routers' weights."""
+
+    @field_validator("betas")
+    @classmethod
+    def _below_one(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"{list(betas)} was given. Give two numbers from 0 to below 1.")
+        return betas
 
 
 class ScheduleConfig(Config):
@@ -194,7 +210,7 @@ class TrainConfig(Config):
     """Attention implementation."""
     experts: str | None = None
     """Experts implementation (`moesaic`, `grouped_mm`, `eager`); None: the model's default."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the data order, of routing noise and of dropout."""
     log: LogConfig = LogConfig()
     """What is reported."""

@@ -27,6 +27,7 @@ from moesaic.core.console import note, progress
 from moesaic.core.errors import MoesaicError, UserError
 from moesaic.core.files import write_text
 from moesaic.data.dynamic import reference_losses, update_weights
+from moesaic.recipes import find
 from moesaic.training import batches, export, setup, state
 from moesaic.training.config import TrainConfig
 from moesaic.training.optimizer import Optimizer
@@ -76,7 +77,7 @@ def read_config(
     elif isinstance(config, Mapping):
         settings = parse(TrainConfig, config, source="config")
     else:
-        settings = load(TrainConfig, config, overrides=overrides)
+        settings = load(TrainConfig, find(config, kind="train"), overrides=overrides)
     if model is not None:
         settings = settings.model_copy(update={"model": str(model)})
     if settings.model is None:

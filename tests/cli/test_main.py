@@ -62,3 +62,21 @@ def test_no_room_hides_a_public_name():
     """`import moesaic.x` sets the attribute `x`: a room of that name would replace the function."""
     rooms = {path.stem for path in Path(moesaic.__file__).parent.iterdir()}
     assert not rooms & set(moesaic.__all__)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        RuntimeError("I/O error: No space left on device (28)"),
+    ],
+)
+def test_a_full_disk_is_said_whoever_noticed(error: Exception, monkeypatch, tmp_path):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("moesaic.models.save.save", fail)
+    result = run_cli("init", "llama-moe-tiny", "-o", tmp_path / "new" / "x")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: no space left")
+    assert list(tmp_path.iterdir()) == []

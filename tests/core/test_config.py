@@ -22,6 +22,7 @@ class Run(Config):
     learning_rate: float = 1e-3
     schedule: Schedule = Schedule()
     weights: dict[str, float] = Field(default={})
+    data: Literal["a", "b"] | dict[str, str] = "a"
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -51,6 +52,8 @@ def test_round_trip(tmp_path):
         ("learning_rate: 1\n", ["'model' is required"]),
         ("model: m\nlearning_rate: fast\n", ["learning_rate", "'fast'"]),
         ("model: m\nschedule: {kind: linear}\n", ["schedule.kind", "'cosine' or 'constant'"]),
+        ("model: m\ndata: c\n", ["'data' is 'c'"]),
+        ("model: m\ndata: {x: 5}\n", ["'data' is {'x': 5}"]),
         ("model: [\n", ["not valid YAML", "run.yaml:2"]),
         ("- a\n- b\n", ["not a mapping"]),
         ("model: m\nmodel: n\n", ["given twice", "line 2"]),

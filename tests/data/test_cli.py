@@ -55,11 +55,13 @@ def test_tokenizer_is_trained(corpus: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", ["", "no json"])
-def test_bad_lines_write_nothing(tmp_path: Path, line: str) -> None:
+def test_bad_lines_write_nothing(tmp_path: Path, tokenizer_dir: Path, line: str) -> None:
     path = write_jsonl(tmp_path / "x.jsonl", ["fine"])
     path.write_text(path.read_text() + line + "\n")
     out = tmp_path / "out"
     result = run_cli("data", "tokenizer", path, "-o", out)
     assert_user_error(result, "x.jsonl:2:")
+    assert_user_error(run_cli("data", "tokenize", path, "-t", tokenizer_dir, "-o", out), ":2:")
+    assert_user_error(run_cli("data", "tokenize", path, "-t", tokenizer_dir, "-o", path), "a file")
     assert not out.exists()
     assert [p.name for p in tmp_path.iterdir()] == ["x.jsonl"]

@@ -52,6 +52,8 @@ def test_lineage_and_refusals(corpus: Path, tmp_path: Path) -> None:
         train_tokenizer(corpus, out=path)
     with pytest.raises(UserError, match="vocabulary=100 but the 256 bytes"):
         train_tokenizer(corpus, out=tmp_path / "u", vocabulary=100)
+    with pytest.raises(UserError, match="max_bytes=0"):
+        train_tokenizer(corpus, out=tmp_path / "u", max_bytes=0)
     assert not (tmp_path / "u").exists()
 
 

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from moesaic.core.config import to_yaml
+from moesaic.training.loop import read_config
 from tests.helpers import assert_user_error, run_cli
 from tests.training import models
 
@@ -37,6 +38,32 @@ def test_set_and_model_win_over_the_file(recipe, checkpoint, tmp_path):
     assert lineage["config"]["optimizer"]["lr"] == 1e-4
     assert lineage["parent"] == str(dense)
     assert result.json["updates"] == 3
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "optimizer.lr=.inf",
+        "optimizer.betas=[0.9,1.5]",
+        f"seed={2**70}",
+        "data.weights=evn",
+        "data.weights={tales: -1}",
+    ],
+)
+def test_values_out_of_range_name_their_key(recipe, tmp_path, setting):
+    key = setting.partition("=")[0].rpartition(".")[2]
+    result = run_cli("train", recipe(), "-o", tmp_path / "run", "--set", setting)
+    assert_user_error(result, key)
+    assert "literal[" not in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_shipped_recipes_and_paths_are_taken_from_python(settings, tmp_path):
+    assert read_config("recipes/cpt-tiny.yaml", model="m") == read_config("cpt-tiny", model="m")
+    given = settings()
+    data = {**given["data"], "train": {"a": tmp_path / "a.txt", "b": [tmp_path / "b.txt"]}}
+    read = read_config({**given, "data": data})
+    assert read.data.train == {"a": str(tmp_path / "a.txt"), "b": [str(tmp_path / "b.txt")]}
 
 
 def test_dry_run_tells_the_plan_and_writes_nothing(recipe, tmp_path):

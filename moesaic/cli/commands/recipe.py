@@ -64,13 +64,11 @@ def copy(name: Name, out: OutOption = Path(), json: JsonOption = False) -> None:
     Example: `moesaic recipe copy cpt-tiny -o my-recipes`
     """
     from moesaic.core.errors import UserError
-    from moesaic.core.files import write_text
+    from moesaic.core.files import check_folder, write_text
     from moesaic.recipes import locate
 
     _, source = locate(name)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file. Give a directory for the output.")
-    target = out / source.name
+    target = check_folder(out) / source.name
     if target.exists():
         raise UserError(f"{target} exists. Choose another -o, or remove it.")
     write_text(target, source.read_text(encoding="utf-8"))
