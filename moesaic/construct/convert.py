@@ -60,9 +60,6 @@ def convert(
 
     Args:
         model: directory of the dense checkpoint; its number type is kept.
-        seed: of the split and the router init.
-        overwrite: replace `out` when it is there.
-        max_shard_bytes: size at which a new weight file starts.
         out: the directory that appears when everything is written and compared.
         split: name of a split, settings ``{"method": name, ...}``, a file or directory that
             `moesaic split` wrote, or a NeuronSplit.
@@ -71,6 +68,7 @@ def convert(
         router: name of a router init, settings, a file or directory of `moesaic router`, or a
             RouterInit.
         data: text for splits, router inits and layer-wise scales that look at activations.
+        seed: of the split and the router init.
         shared: experts that are always on (a `llama_moe_residual` checkpoint).
         gate: the router network, ``W2 tanh(W1 x)`` or ``W x``; a ready router init decides itself.
         scale: factor on the chosen experts' sum. "auto" is E/K, as in the released models;
@@ -80,6 +78,8 @@ def convert(
         verify: "full" compares logits of the whole models with all experts on and scores off,
             "layers" the feed-forward layers one at a time on 256 fixed random tokens; "auto" is
             full below 2 B parameters.
+        overwrite: replace `out` when it is there.
+        max_shard_bytes: size at which a new weight file starts.
 
     Returns the output directory: weights, config.json, the tokenizer, split.safetensors and
     moesaic.json, which records ``exact`` and the measured difference.
