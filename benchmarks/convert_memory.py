@@ -1,6 +1,6 @@
 """Memory and speed of `moesaic convert` on a LLaMA-2-7B-shaped checkpoint, against cp and sync.
 
-    python benchmarks/convert_memory.py /work/tmp_7b --rounds 3
+    python benchmarks/convert_memory.py FOLDER --rounds 3
 
 Builds a checkpoint of random bf16 weights in the given folder (13.5 GB; 41 GB are needed at the
 peak, everything is deleted at the end), then alternates, each from a cold cache: `cp -r` of the
