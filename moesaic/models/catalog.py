@@ -7,7 +7,6 @@ other than its original is refused with the reason.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -16,6 +15,7 @@ from typing import Any
 
 from moesaic.core.config import Config, parse, read_yaml
 from moesaic.core.errors import UserError, nearest
+from moesaic.models.checkpoint import read_json
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token", "subfolder")
 _LLAMA_MOE_V2 = (  # fields of the second LLaMA-MoE, whose released configs say "mixtral"
@@ -153,7 +153,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
     file = directory / "config.json"
     if not file.is_file():
         raise UserError(f"{directory} has no config.json. Give a model directory.")
-    return _parse_config(file)
+    return read_json(file, cure="Download it again.")
 
 
 def _fetch_config(name: str, hub: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,14 +174,4 @@ def _fetch_config(name: str, hub: str, options: Mapping[str, Any]) -> dict[str, 
             f"{where} is no local directory, and its config.json could not be had from the hub: "
             f"{reason} Check the name and the network, or give a directory."
         ) from error
-    return _parse_config(Path(str(file)))
-
-
-def _parse_config(file: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is no valid JSON ({error}). Download it again.") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{file} holds a {type(config).__name__}, not an object.")
-    return config
+    return read_json(Path(str(file)), cure="Download it again.")

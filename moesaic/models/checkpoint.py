@@ -69,7 +69,7 @@ class Checkpoint:
             raise UserError(
                 f"{path} is a file. Give the directory that holds config.json and the weights."
             )
-        self.config: dict[str, Any] = _read_json(
+        self.config: dict[str, Any] = read_json(
             self.path / "config.json", cure="Is this a Hugging Face checkpoint?"
         )
         self._where: dict[str, _WeightFile] = {}
@@ -318,7 +318,7 @@ def _open_weights(path: Path) -> _WeightFile:
 def _weight_names(directory: Path) -> list[str]:
     for stem in ("model.safetensors", "pytorch_model.bin"):
         if (directory / f"{stem}.index.json").is_file():
-            index = _read_json(
+            index = read_json(
                 directory / f"{stem}.index.json", cure="Download the checkpoint again."
             )
             names = index.get("weight_map")
@@ -343,14 +343,15 @@ def _read_index(directory: Path, opened: set[str]) -> dict[str, str] | None:
     for stem in ("model.safetensors", "pytorch_model.bin"):
         file = directory / f"{stem}.index.json"
         if file.is_file() and opened != {stem}:
-            weight_map: dict[str, str] = _read_json(file, cure="Download it again.").get(
+            weight_map: dict[str, str] = read_json(file, cure="Download it again.").get(
                 "weight_map", {}
             )
             return weight_map
     return None
 
 
-def _read_json(path: Path, *, cure: str) -> dict[str, Any]:
+def read_json(path: Path, *, cure: str) -> dict[str, Any]:
+    """Read a JSON object. Raises UserError for a missing file and for anything else in it."""
     if not path.is_file():
         raise UserError(f"{path} is missing. {cure}")
     try:
