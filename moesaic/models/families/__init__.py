@@ -1,0 +1,1 @@
+"""Own model families, one file each; every file ends with `FAMILY = Family(...)`."""
