@@ -1,5 +1,4 @@
-"""Model families that transformers lacks or gets wrong, one file each. Importing this room
-registers them.
+"""Model families that transformers lacks or gets wrong. Importing this room registers them.
 
 After `import moesaic.models`, transformers' Auto classes load them from a path without remote code,
 and the experts implementation "moesaic" is known.
@@ -7,16 +6,8 @@ and the experts implementation "moesaic" is known.
 
 from __future__ import annotations
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-)
-
 from moesaic import kernels
-from moesaic.models.expert_weights import register_released_layout
+from moesaic.models import families
 from moesaic.models.llama_moe import (
     LlamaMoEConfig,
     LlamaMoEForCausalLM,
@@ -45,38 +36,11 @@ __all__ = [
     "LlamaMoEResidualModel",
 ]
 
-_AUTO = (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoModelForQuestionAnswering,
-)
-_FAMILIES = (
-    (
-        LlamaMoEConfig,
-        LlamaMoEModel,
-        LlamaMoEForCausalLM,
-        LlamaMoEForSequenceClassification,
-        LlamaMoEForQuestionAnswering,
-    ),
-    (
-        LlamaMoEResidualConfig,
-        LlamaMoEResidualModel,
-        LlamaMoEResidualForCausalLM,
-        LlamaMoEResidualForSequenceClassification,
-        LlamaMoEResidualForQuestionAnswering,
-    ),
-)
-
 
 def register() -> None:
     """Register every family and kernel with transformers; a second call changes nothing."""
     kernels.register()
-    for config, *models in _FAMILIES:
-        AutoConfig.register(config.model_type, config, exist_ok=True)
-        for auto, model in zip(_AUTO, models, strict=True):
-            auto.register(config, model, exist_ok=True)
-        register_released_layout(config.model_type)
+    families.register_all()
 
 
 register()

@@ -18,11 +18,10 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moesaic.core.errors import UserError
 from moesaic.models.catalog import Source, find, refusal
-from moesaic.models.load import model_class
+from moesaic.models.load import config_of, model_class
 
 _ROUTER = re.compile(r"^(gate|gating|router|moe_gate)$")
 _ALWAYS_ON = re.compile(r"shared|residual")  # parts of a layer that every token visits
@@ -158,9 +157,9 @@ def build(source: Source) -> PreTrainedModel:
     reason = refusal(source.config)
     if reason is not None:
         raise UserError(f"{source.name} is not supported: {reason}.")
-    cls = model_class(source.config, source=source.name)
+    cls = model_class(source.fields, source=source.name)
     try:
-        config = CONFIG_MAPPING[source.config["model_type"]].from_dict(source.config)
+        config, _ = config_of(source.fields)
         return on_meta(config, cls)
     except UserError as error:
         raise UserError(f"{source.name}: {error}") from error

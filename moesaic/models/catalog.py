@@ -16,6 +16,7 @@ from typing import Any
 from moesaic.core.config import Config, parse, read_yaml
 from moesaic.core.errors import UserError, nearest
 from moesaic.models.checkpoint import read_json
+from moesaic.models.families import recognise
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token", "subfolder")
 _LLAMA_MOE_V2 = (  # fields of the second LLaMA-MoE, whose released configs say "mixtral"
@@ -55,6 +56,20 @@ class Source:
     directory: Path | None
     """The directory, when it is local."""
     config: dict[str, Any]
+    """config.json as it is."""
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What the family's config class reads: model_type and names ours, no auto_map."""
+        return resolve(self.config)
+
+
+def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config.json as the arguments of the config class that computes it."""
+    recognised = recognise(config)
+    fields = dict(config) if recognised is None else recognised[1]
+    fields.pop("auto_map", None)
+    return fields
 
 
 @cache
@@ -96,6 +111,8 @@ def refusal(config: Mapping[str, Any]) -> str | None:
     """Say why this version does not load a model with this config.json, or return None."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    if recognise(config) is not None:
+        return None
     model_type = config.get("model_type")
     if not model_type:
         classes = ", ".join(config.get("architectures") or ()) or "no architecture"

@@ -18,7 +18,6 @@ import re
 from typing import Any
 
 import torch
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
 EXPERTS = "calculator.experts"
@@ -107,27 +106,23 @@ def layer_of(block: str) -> int:
     return int(found[1])
 
 
-def register_released_layout(model_type: str) -> None:
-    """Tell transformers how checkpoints of this model type name their experts."""
-    register_checkpoint_conversion_mapping(
-        model_type,
-        [
-            WeightConverter(
-                [f"{EXPERTS}.weight_gate.*", f"{EXPERTS}.weight_up.*"],
-                f"{EXPERTS}.gate_up_proj",
-                operations=[MergeExperts(0)],
-            ),
-            WeightConverter(
-                f"{EXPERTS}.weight_down.*",
-                f"{EXPERTS}.down_proj",
-                operations=[MergeExperts(1)],
-            ),
-            # last, so that it comes first on saving: 5.17 finds `gate_up_proj` in this name too
-            WeightConverter(
-                [f"{EXPERTS}.bias_gate.*", f"{EXPERTS}.bias_up.*"],
-                f"{EXPERTS}.gate_up_proj_bias",
-                operations=[MergeExperts(0)],
-            ),
-        ],
-        overwrite=True,
-    )
+def released_layout() -> list[WeightConverter]:
+    """Tell transformers how LLaMA-MoE's checkpoints name their experts."""
+    return [
+        WeightConverter(
+            [f"{EXPERTS}.weight_gate.*", f"{EXPERTS}.weight_up.*"],
+            f"{EXPERTS}.gate_up_proj",
+            operations=[MergeExperts(0)],
+        ),
+        WeightConverter(
+            f"{EXPERTS}.weight_down.*",
+            f"{EXPERTS}.down_proj",
+            operations=[MergeExperts(1)],
+        ),
+        # last, so that it comes first on saving: 5.17 finds `gate_up_proj` in this name too
+        WeightConverter(
+            [f"{EXPERTS}.bias_gate.*", f"{EXPERTS}.bias_up.*"],
+            f"{EXPERTS}.gate_up_proj_bias",
+            operations=[MergeExperts(0)],
+        ),
+    ]

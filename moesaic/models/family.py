@@ -25,6 +25,6 @@ class Family:
     read: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
     """Turn the original config.json into the keyword arguments of `config`."""
     conversion: Callable[[], list[Any]] | None = None
-    """transformers' weight conversions between the released tensor names and ours, if they differ."""
+    """Weight conversions of transformers between released tensor names and ours, if they differ."""
     harmless: tuple[str, ...] = field(default=())
     """Endings of tensor names that released files hold and that are computed, never read."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as hub_logging
@@ -21,10 +21,18 @@ from moesaic.core.console import note
 from moesaic.core.errors import UserError
 from moesaic.models.catalog import Source, caveat, find, refusal
 from moesaic.models.checkpoint import Checkpoint
+from moesaic.models.families import families
 
 HARMLESS = ("rotary_emb.inv_freq",)
-"""Endings of tensor names that old checkpoints hold and that are computed, never read."""
+"""Endings of tensor names that files of any family may hold: computed, never read."""
 _BAR_FROM = 2 * 10**9  # bytes: smaller models load before a progress bar is worth a line
+_NOT_OF_THE_CONFIG = (  # of from_pretrained, though a config may have an attribute of that name
+    "attn_implementation",
+    "dtype",
+    "experts_implementation",
+    "quantization_config",
+    "torch_dtype",
+)
 _ELSEWHERE = ("variant", "gguf_file", "state_dict", "use_safetensors")  # weights lie elsewhere
 
 
@@ -51,7 +59,7 @@ def load(model: str | Path, **kwargs: Any) -> PreTrainedModel:
         raise UserError(f"{source.name} is not loaded: {reason}.")
     if (text := caveat(source.config)) is not None:
         note(f"{source.name}: {text}.")
-    cls = model_class(source.config, source=source.name)
+    cls = model_class(source.fields, source=source.name)
     size = 0
     if source.directory is not None and not any(kwargs.get(key) for key in _ELSEWHERE):
         size = sum(file.stat().st_size for file in Checkpoint(source.directory).files)
@@ -101,12 +109,30 @@ def model_class(config: Mapping[str, Any], *, source: str = "config.json") -> ty
     return chosen
 
 
+def config_of(fields: Mapping[str, Any], **kwargs: Any) -> tuple[PreTrainedConfig, dict[str, Any]]:
+    """Build the config of `Source.fields`; of `kwargs`, its fields are set and the others returned.
+
+    So `load(..., output_router_logits=True)` sets what `from_pretrained` would set.
+    """
+    config: PreTrainedConfig = CONFIG_MAPPING[fields["model_type"]].from_dict(dict(fields))
+    rest = {}
+    for key, value in kwargs.items():
+        if key in _NOT_OF_THE_CONFIG or not hasattr(config, key):
+            rest[key] = value
+        else:
+            setattr(config, key, value)
+    return config, rest
+
+
 def _from_pretrained(
     cls: type[PreTrainedModel], source: Source, kwargs: dict[str, Any], report: _Report
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     if source.directory is not None:
         kwargs.pop("subfolder", None)
     try:
+        if "config" not in kwargs and "gguf_file" not in kwargs:
+            config, kwargs = config_of(source.fields, **kwargs)
+            kwargs["config"] = config
         # Mismatched sizes are taken here and refused below, where all of them are listed.
         result: Any = cls.from_pretrained(
             source.location,
@@ -143,9 +169,11 @@ def _check_weights(
     info: Mapping[str, Any], cls: type[PreTrainedModel], source: Source, *, tolerant: bool
 ) -> None:
     other_shape = {key for key, *_ in info["mismatched_keys"]}
+    family = families().get(getattr(cls.config_class, "model_type", ""))
+    harmless = (*HARMLESS, *(family.harmless if family is not None else ()))
     problems = {
         "missing": set(info["missing_keys"]) - other_shape,
-        "unexpected": {key for key in info["unexpected_keys"] if not key.endswith(HARMLESS)},
+        "unexpected": {key for key in info["unexpected_keys"] if not key.endswith(harmless)},
         "of another shape": {
             f"{key} {list(found)} for {list(wanted)}"
             for key, found, wanted in info["mismatched_keys"]
