@@ -24,7 +24,7 @@ def implementations() -> dict[str, str]:
 
     register()
     known = {
-        NAME: "ours: grouped matmul that keeps only x and h, or a loop where torch refuses",
+        NAME: "ours: fused Triton kernels on a GPU, else grouped matmul that keeps only x and h",
         "eager": "transformers: the model class's own loop over experts",
         "grouped_mm": "transformers: grouped matmul, the default of transformers",
         "batched_mm": "transformers: gathers the weights of every routed row, for a few tokens",

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from moesaic.kernels.matmul import ALIGNMENT, Backend, outer, rows, why_not_grouped
+from moesaic.kernels.matmul import ALIGNMENT, Backend, clear_tail, outer, rows, why_not_grouped
 from moesaic.kernels.reference import GELU, Activation, activate
 
 
@@ -28,7 +28,7 @@ def choose_backend(
     x_TD: torch.Tensor, gate_up_EJD: torch.Tensor, down_EDI: torch.Tensor
 ) -> tuple[Backend, str | None]:
     """Return the backend for these tensors and, where it is the loop, the reason in words."""
-    compute = _compute_dtype(x_TD, gate_up_EJD)
+    compute = compute_dtype(x_TD, gate_up_EJD)
     reason = why_not_grouped(compute, x_TD.device, tuple(down_EDI.shape[1:]))
     # A traced tensor has no address: parameters of a compiled model are taken to be aligned.
     if reason is None and not (torch.compiler.is_compiling() or _aligned(gate_up_EJD, down_EDI)):
@@ -45,27 +45,32 @@ def experts(
     *,
     activation: Activation = "silu",
     backend: Backend | None = None,
+    sentinels: bool = False,
 ) -> torch.Tensor:
     """Compute what `reference.experts` computes; differentiable in all but the ids, once.
 
-    Shapes as in the module's legend; ids of any integer dtype, each in [0, E). The result has the
-    shape and dtype of `x_TD`. Products run in the dtype of the weights, or in autocast's where that
-    is enabled. `backend=None` picks one by `choose_backend`.
+    Shapes as in the module's legend; weights may be transposed views. Ids of any integer dtype,
+    each in [0, E), or with `sentinels` in [0, E]: E means "an expert of another rank", which stays
+    out of every product and adds zero. The result has the shape and dtype of `x_TD`. Products run
+    in the dtype of the weights, or in autocast's where that is enabled. `backend=None` picks one by
+    `choose_backend`.
     """
     if backend is None:
         backend, _ = choose_backend(x_TD, gate_up_EJD, down_EDI)
     if x_TD.shape[0] == 0:
         backend = "loop"
-    compute = _compute_dtype(x_TD, gate_up_EJD)
-    arguments = (x_TD, gate_up_EJD, down_EDI, ids_TK, weights_TK, activation, backend, compute)
+    compute = compute_dtype(x_TD, gate_up_EJD)
+    arguments = (x_TD, gate_up_EJD, down_EDI, ids_TK, weights_TK)
+    how = (activation, backend, compute, sentinels)
     if torch.compiler.is_compiling():
-        out_TD: torch.Tensor = torch.ops.moesaic.experts(*arguments)[0]
+        out_TD: torch.Tensor = torch.ops.moesaic.experts(*arguments, *how)[0]
     else:
-        out_TD = _Experts.apply(*arguments)
+        out_TD = _Experts.apply(*arguments, *how)
     return out_TD
 
 
-def _compute_dtype(x_TD: torch.Tensor, gate_up_EJD: torch.Tensor) -> torch.dtype:
+def compute_dtype(x_TD: torch.Tensor, gate_up_EJD: torch.Tensor) -> torch.dtype:
+    """Return the dtype of the products: that of the weights, or autocast's where it is enabled."""
     if torch.is_autocast_enabled(x_TD.device.type):
         return torch.get_autocast_dtype(x_TD.device.type)
     return gate_up_EJD.dtype
@@ -73,10 +78,13 @@ def _compute_dtype(x_TD: torch.Tensor, gate_up_EJD: torch.Tensor) -> torch.dtype
 
 def _aligned(*weights: torch.Tensor) -> bool:
     """Whether weights lie as the grouped matmul wants them (a memory-mapped file may not)."""
-    return all(w.is_contiguous() and w.data_ptr() % ALIGNMENT == 0 for w in weights)
+    return all(
+        (w.is_contiguous() or w.transpose(1, 2).is_contiguous()) and w.data_ptr() % ALIGNMENT == 0
+        for w in weights
+    )
 
 
-def _sort_rows(ids_TK: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+def sort_rows(ids_TK: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return order_N (the flat position t*K + k of each sorted row) and ends_E, both int32."""
     # A narrow key: a radix sort on a GPU takes one pass a byte.
     key_N = ids_TK.reshape(-1).to(torch.int16 if experts < 2**15 else torch.int64)
@@ -87,13 +95,13 @@ def _sort_rows(ids_TK: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.
     return order_N.to(torch.int32), ends_E
 
 
-def _invert(order_N: torch.Tensor) -> torch.Tensor:
+def invert(order_N: torch.Tensor) -> torch.Tensor:
     """Return where each flat position t*K + k lies among the sorted rows."""
     row_N = torch.arange(order_N.shape[0], dtype=torch.int32, device=order_N.device)
     return torch.empty_like(row_N).scatter_(0, order_N.long(), row_N)
 
 
-def _combine(y_ND: torch.Tensor, inverse_N: torch.Tensor, top_k: int) -> torch.Tensor:
+def combine(y_ND: torch.Tensor, inverse_N: torch.Tensor, top_k: int) -> torch.Tensor:
     """Sum the K rows of each token (torch adds half-precision numbers in float32)."""
     y_TKD = y_ND.index_select(0, inverse_N).view(-1, top_k, y_ND.shape[1])
     if top_k == 2:  # the same number, three times faster than a reduction on a CPU
@@ -136,19 +144,24 @@ def _forward(
     activation: Activation,
     backend: Backend,
     compute: torch.dtype,
+    sentinels: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return out_TD and what the backward pass needs besides the inputs: h_NJ, order_N, ends_E."""
     top_k = ids_TK.shape[1]
-    order_N, ends_E = _sort_rows(ids_TK, gate_up_EJD.shape[0])
+    order_N, ends_E = sort_rows(ids_TK, gate_up_EJD.shape[0])
     x_ND = x_TD.index_select(0, order_N // top_k).to(compute)
     h_NJ = rows(x_ND, gate_up_EJD.to(compute).transpose(1, 2), ends_E, backend=backend)
     del x_ND
+    if sentinels:
+        clear_tail(h_NJ, ends_E)
     gate_NI, up_NI = h_NJ.chunk(2, dim=1)
     a_NI = activate(gate_NI, activation).mul_(up_NI)
     # In place: a float32 weight times a bf16 row is computed in float32 and rounded once.
     a_NI.mul_(weights_TK.reshape(-1).index_select(0, order_N).unsqueeze(1))
     y_ND = rows(a_NI, down_EDI.to(compute).transpose(1, 2), ends_E, backend=backend)
-    return _combine(y_ND, _invert(order_N), top_k).to(x_TD.dtype), h_NJ, order_N, ends_E
+    if sentinels:
+        clear_tail(y_ND, ends_E)
+    return combine(y_ND, invert(order_N), top_k).to(x_TD.dtype), h_NJ, order_N, ends_E
 
 
 def _backward(
@@ -158,12 +171,13 @@ def _backward(
     activation: Activation,
     backend: Backend,
     compute: torch.dtype,
+    sentinels: bool,
 ) -> list[torch.Tensor | None]:
     """Return the gradients of x, gate_up, down and the routing weights; None where not `needs`."""
     x_TD, gate_up_EJD, down_EDI, weights_TK, h_NJ, order_N, ends_E = saved
     needs_x, needs_gate_up, needs_down, needs_weights = needs
     top_k = weights_TK.shape[1]
-    token_N, inverse_N = order_N // top_k, _invert(order_N)
+    token_N, inverse_N = order_N // top_k, invert(order_N)
     weight_N1 = weights_TK.reshape(-1).index_select(0, order_N).unsqueeze(1)
     d_x = d_gate_up = d_down = d_weights = None
 
@@ -172,6 +186,8 @@ def _backward(
     a_NI = act_NI * up_NI
     grad_ND = grad_TD.to(compute).index_select(0, token_N)
     da_NI = rows(grad_ND, down_EDI.to(compute), ends_E, backend=backend)  # of weight * a
+    if sentinels:
+        clear_tail(da_NI, ends_E)
     if needs_weights:
         wide = torch.promote_types(compute, torch.float32)
         d_weight_N = (da_NI * a_NI).sum(dim=1, dtype=wide).index_select(0, inverse_N)
@@ -184,7 +200,9 @@ def _backward(
         del da_NI, act_NI
         if needs_x:
             dx_ND = rows(dh_NJ, gate_up_EJD.to(compute), ends_E, backend=backend)
-            d_x = _combine(dx_ND, inverse_N, top_k).to(x_TD.dtype)
+            if sentinels:
+                clear_tail(dx_ND, ends_E)
+            d_x = combine(dx_ND, inverse_N, top_k).to(x_TD.dtype)
             del dx_ND
         if needs_gate_up:
             x_ND = x_TD.index_select(0, token_N).to(compute)
@@ -211,13 +229,13 @@ class _Experts(torch.autograd.Function):
         d_x, d_gate_up, d_down, d_weights = _backward(
             grad_TD, ctx.saved_tensors, _needs(ctx), *ctx.how
         )
-        return d_x, d_gate_up, d_down, None, d_weights, None, None, None
+        return d_x, d_gate_up, d_down, None, d_weights, None, None, None, None
 
 
 # Under torch.compile both passes are opaque operators: no graph can hold the loop's lengths, and
 # dynamo of torch 2.11 gave zero gradients for the Function above (measured). The schemas are
 # written out because annotations are strings in this file.
-_HOW = "str activation, str backend, ScalarType compute"
+_HOW = "str activation, str backend, ScalarType compute, bool sentinels"
 _forward_op = torch.library.custom_op(
     "moesaic::experts",
     _forward,
@@ -249,6 +267,7 @@ def _forward_shapes(
     activation: str,
     backend: str,
     compute: torch.dtype,
+    sentinels: bool,
 ) -> tuple[torch.Tensor, ...]:
     rows_N = ids.numel()
     h_NJ = x.new_empty(rows_N, gate_up.shape[1], dtype=compute)
@@ -280,7 +299,7 @@ def _backward_through_op(ctx: Any, grad_TD: torch.Tensor, *unused: Any) -> tuple
     d_x, d_gate_up, d_down, d_weights = (
         gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)
     )
-    return d_x, d_gate_up, d_down, None, d_weights, None, None, None
+    return d_x, d_gate_up, d_down, None, d_weights, None, None, None, None
 
 
 _forward_op.register_autograd(_backward_through_op, setup_context=_save_for_backward)

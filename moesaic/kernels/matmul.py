@@ -1,7 +1,7 @@
 """The two matrix products of routed experts, by torch's grouped matmul or by a loop over experts.
 
 N routed rows sorted by expert; `ends_E[e]` (int32) is one past the last row of expert e, so that
-`ends_E[-1] == N`. E experts, P and Q the two sizes of a product.
+`ends_E[-1] <= N`. E experts, P and Q the two sizes of a product.
 
 `rows` multiplies each expert's rows by its matrix (forward, gradient of the input); `outer` sums
 the outer products of each expert's rows (gradient of the weights; zero for an expert without rows).
@@ -43,13 +43,19 @@ def why_not_grouped(dtype: torch.dtype, device: torch.device, sizes: tuple[int, 
 def rows(
     a_NP: torch.Tensor, w_EPQ: torch.Tensor, ends_E: torch.Tensor, *, backend: Backend
 ) -> torch.Tensor:
-    """Return out_NQ: the rows of expert e times `w_EPQ[e]`; `w_EPQ` may be a transposed view."""
+    """Return out_NQ: the rows of expert e times `w_EPQ[e]`; `w_EPQ` may be a transposed view.
+
+    Rows from `ends_E[-1]` on belong to no expert: they cost nothing and hold anything.
+    """
     if backend == "grouped":
         return F.grouped_mm(a_NP, w_EPQ, offs=ends_E)
-    if torch.compiler.is_compiling():
-        out_NQ: torch.Tensor = torch.ops.moesaic.loop_rows(a_NP, w_EPQ, ends_E)
-        return out_NQ
-    return _loop_rows(a_NP, w_EPQ, ends_E)
+    out_NQ = a_NP.new_empty(a_NP.shape[0], w_EPQ.shape[2])
+    start = 0
+    for expert, end in enumerate(ends_E.tolist()):  # on a GPU, the one wait for the device
+        if start < end:
+            torch.mm(a_NP[start:end], w_EPQ[expert], out=out_NQ[start:end])
+        start = end
+    return out_NQ
 
 
 def outer(
@@ -58,29 +64,18 @@ def outer(
     """Return out_EPQ: for expert e the sum of the outer products of a[n] and b[n] of its rows n."""
     if backend == "grouped":
         return F.grouped_mm(a_NP.t(), b_NQ, offs=ends_E)
-    if torch.compiler.is_compiling():
-        out_EPQ: torch.Tensor = torch.ops.moesaic.loop_outer(a_NP, b_NQ, ends_E)
-        return out_EPQ
-    return _loop_outer(a_NP, b_NQ, ends_E)
-
-
-def _loop_rows(a: torch.Tensor, w: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    out = a.new_empty(a.shape[0], w.shape[2])
+    out_EPQ = a_NP.new_empty(ends_E.shape[0], a_NP.shape[1], b_NQ.shape[1])
     start = 0
-    for expert, end in enumerate(ends.tolist()):  # on a GPU, the one wait for the device
+    for expert, end in enumerate(ends_E.tolist()):
         if start < end:
-            torch.mm(a[start:end], w[expert], out=out[start:end])
-        start = end
-    return out
-
-
-def _loop_outer(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    out = a.new_empty(ends.shape[0], a.shape[1], b.shape[1])
-    start = 0
-    for expert, end in enumerate(ends.tolist()):
-        if start < end:
-            torch.mm(a[start:end].t(), b[start:end], out=out[expert])
+            torch.mm(a_NP[start:end].t(), b_NQ[start:end], out=out_EPQ[expert])
         else:
-            out[expert].zero_()
+            out_EPQ[expert].zero_()
         start = end
-    return out
+    return out_EPQ
+
+
+def clear_tail(a_NP: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+    """Write zeros into the rows that belong to no expert, in place, without a wait for a GPU."""
+    row_N = torch.arange(a_NP.shape[0], dtype=ends_E.dtype, device=a_NP.device)
+    return a_NP.masked_fill_((row_N >= ends_E[-1]).unsqueeze(1), 0)

@@ -2,12 +2,18 @@
 
 `experts_forward` is what transformers calls for `experts_implementation="moesaic"`. It reads a
 module only through the attributes that transformers' `use_experts_implementation` puts there.
-T tokens, D hidden size, E experts, I expert width, K experts a token.
+T tokens, D hidden size, E experts, I expert width, J = 2I, K experts a token.
 
-A module is plain when it holds `gate_up_proj` [E, 2I, D] and `down_proj` [E, D, I] as ordinary
-tensors, gate rows first, without biases, with the default gating of SiLU or GELU, and does not run
-expert-parallel. Others go to transformers' grouped_mm function, or to the module's own loop where
-the grouped matmul refuses their sizes. Each choice but the fast one is said once, in one line.
+A module is plain when it holds `gate_up_proj` [E, J, D] and `down_proj` [E, D, I] (or both
+transposed) as ordinary tensors, gate rows first, without biases, with the default gating of SiLU or
+GELU. Plain modules run on one of our paths, the first that takes them:
+
+* fused: Triton kernels, on a GPU;
+* grouped: torch's grouped matmul, on a CPU and on GPUs;
+* loop: a loop over the experts' rows, where torch refuses their sizes.
+
+Others go to transformers' grouped_mm function, or, where torch refuses their sizes, through
+`kernels.unusual`, which is that function on our loop. Each choice is said once, with its reason.
 """
 
 from __future__ import annotations
@@ -17,19 +23,17 @@ from typing import Any
 import torch
 
 from moesaic.core.console import note
-from moesaic.kernels import grouped
-from moesaic.kernels.matmul import why_not_grouped
+from moesaic.kernels import grouped, options, unusual
 from moesaic.kernels.reference import Activation
 
 _PLAIN_GATE = "_default_apply_gate"  # transformers' `act_fn(gate) * up` on the two halves
 _PLAIN = {  # attribute: value in a plain module (assumed where a version lacks it), else what it is
     "has_gate": (True, "its experts have no gate"),
     "has_bias": (False, "its experts have biases"),
-    "is_transposed": (False, "its weights are transposed"),
     "is_concatenated": (True, "its gate and up rows are interleaved"),
     "has_post_expert_norm": (False, "its experts end in a norm"),
-    "_is_expert_parallel": (False, "it runs expert-parallel"),
 }
+_WEIGHTS = ("gate_up_proj", "down_proj")
 _said: set[str] = set()
 
 
@@ -37,43 +41,71 @@ def experts_forward(
     self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """Run the experts of module `self` on x_TD, ids_TK, weights_TK (transformers' signature)."""
-    reason = why_unusual(self)
+    # Read once: under LoRA each reading of a weight computes it anew.
+    gate_up_EJD, down_EDI = _weights(self)
+    reason = _why_unusual(self, gate_up_EJD, down_EDI)
     if reason is not None:
         return _delegate(self, reason, hidden_states, top_k_index, top_k_weights)
-    gate_up_EJD, down_EDI = self.gate_up_proj, self.down_proj
-    backend, reason = grouped.choose_backend(hidden_states, gate_up_EJD, down_EDI)
-    if reason is not None:
-        _say(f"{type(self).__name__}: a loop over experts instead of grouped matmul: {reason}.")
+    if getattr(self, "is_transposed", False):
+        gate_up_EJD, down_EDI = gate_up_EJD.transpose(1, 2), down_EDI.transpose(1, 2)
+    x_TD, sentinels = hidden_states, getattr(self, "_is_expert_parallel", False)
+    activation = activation_of(self) or "silu"
+    name = type(self).__name__
+
+    refused = _why_no_triton(x_TD, sentinels=sentinels)
+    if refused is None:
+        # The kernels take one dtype. Autograd takes the gradients back to the types given.
+        compute = grouped.compute_dtype(x_TD, gate_up_EJD)
+        operands = x_TD.to(compute), gate_up_EJD.to(compute), down_EDI.to(compute), top_k_index
+        refused = _triton().why_not(*operands)
+        if refused is None:
+            _say(f"{name}: fused Triton kernels, {options.current()}.")
+            out_TD: torch.Tensor = _triton().experts(
+                *operands, top_k_weights, activation=activation
+            )
+            return out_TD.to(x_TD.dtype)
+    backend, reason = grouped.choose_backend(x_TD, gate_up_EJD, down_EDI)
+    if reason is None:
+        _say(f"{name}: torch's grouped matmul: {refused}.")
+    else:
+        _say(f"{name}: a loop over experts instead of grouped matmul: {reason}.")
     return grouped.experts(
-        hidden_states,
+        x_TD,
         gate_up_EJD,
         down_EDI,
         top_k_index,
         top_k_weights,
-        activation=activation_of(self) or "silu",
+        activation=activation,
         backend=backend,
+        sentinels=sentinels,
     )
 
 
 def why_unusual(module: torch.nn.Module) -> str | None:
     """Say in a few words why our kernels do not take this experts module, or return None."""
-    for name, (value, meaning) in _PLAIN.items():
-        if getattr(module, name, value) != value:
-            return meaning
-    gate = getattr(type(module), "_apply_gate", None)
-    if gate is not None and getattr(gate, "__name__", "") != _PLAIN_GATE:
-        return "it has a gating of its own"
-    for name in ("gate_up_proj", "down_proj"):
-        weight: Any = getattr(module, name, None)
-        if weight is None:
-            return f"it has no {name}"
-        if type(weight) not in (torch.Tensor, torch.nn.Parameter):
-            return f"its {name} is a {type(weight).__name__}"
-        if not weight.is_floating_point():
-            return f"its {name} is {str(weight.dtype).removeprefix('torch.')}"
-    if activation_of(module) is None:
-        return f"its activation is {type(getattr(module, 'act_fn', None)).__name__}"
-    return None
+    return _why_unusual(module, *_weights(module))
+
+
+def why_not_fused(module: torch.nn.Module, *, dtype: torch.dtype | None = None) -> str | None:
+    """Say why the Triton kernels would not run this experts module where it lies, or return None.
+
+    `dtype` is that of the products where it is not the weights' own, as under autocast.
+    """
+    weights = _weights(module)
+    reason = _why_unusual(module, *weights)
+    if reason is not None:
+        return reason
+    sentinels = getattr(module, "_is_expert_parallel", False)
+    reason = _why_no_triton(weights[0], sentinels=sentinels)
+    if reason is not None:
+        return reason
+    if getattr(module, "is_transposed", False):
+        weights = [weight.transpose(1, 2) for weight in weights]
+    gate_up_EJD, down_EDI = (weight.detach().to(dtype or weight.dtype) for weight in weights)
+    x_TD = gate_up_EJD.new_empty(1, gate_up_EJD.shape[2])
+    ids_TK = torch.zeros(1, 1, dtype=torch.int64, device=x_TD.device)
+    refused: str | None = _triton().why_not(x_TD, gate_up_EJD, down_EDI, ids_TK)
+    return refused
 
 
 def activation_of(module: torch.nn.Module) -> Activation | None:
@@ -87,22 +119,59 @@ def activation_of(module: torch.nn.Module) -> Activation | None:
     return "gelu" if name in ("GELU", "GELUActivation", "gelu") else None
 
 
+def _weights(module: Any) -> list[Any]:
+    return [getattr(module, name, None) for name in _WEIGHTS]
+
+
+def _triton() -> Any:
+    import moesaic.kernels.triton as fused
+
+    return fused
+
+
+def _why_no_triton(x_TD: torch.Tensor, *, sentinels: bool) -> str | None:
+    if x_TD.device.type != "cuda":
+        return f"the fused kernels need a GPU, not a {x_TD.device.type.upper()}"
+    try:
+        triton = _triton()
+    except ImportError as error:
+        return f"the fused kernels cannot be imported ({error})"
+    if sentinels and not getattr(triton, "TAKES_SENTINELS", False):
+        return "the fused kernels do not run expert-parallel"
+    return None
+
+
+def _why_unusual(module: torch.nn.Module, gate_up: Any, down: Any) -> str | None:
+    for name, (value, meaning) in _PLAIN.items():
+        if getattr(module, name, value) != value:
+            return meaning
+    gate = getattr(type(module), "_apply_gate", None)
+    if gate is not None and getattr(gate, "__name__", "") != _PLAIN_GATE:
+        return "it has a gating of its own"
+    for name, weight in zip(_WEIGHTS, (gate_up, down), strict=True):
+        if weight is None:
+            return f"it has no {name}"
+        if type(weight) not in (torch.Tensor, torch.nn.Parameter):
+            return f"its {name} is a {type(weight).__name__}"
+        if not weight.is_floating_point():
+            return f"its {name} is {str(weight.dtype).removeprefix('torch.')}"
+    if activation_of(module) is None:
+        return f"its activation is {type(getattr(module, 'act_fn', None)).__name__}"
+    return None
+
+
 def _delegate(
     self: Any, reason: str, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
 ) -> torch.Tensor:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     name = type(self).__name__
-    weights = [w for w in self.parameters(recurse=False) if w.dim() == 3]
-    sizes = tuple(size for w in weights for size in w.shape[1:])
-    refused = why_not_grouped(weights[0].dtype, x_TD.device, sizes) if weights else None
-    own_loop = getattr(type(self).forward, "__wrapped__", None)
-    if refused is not None and own_loop is not None:
-        _say(f"{name}: transformers' loop over experts instead of ours: {reason}; {refused}.")
-        out_TD: torch.Tensor = own_loop(self, x_TD, ids_TK, weights_TK)
-    else:
-        _say(f"{name}: transformers' grouped_mm instead of our kernels: {reason}.")
-        out_TD = ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, x_TD, ids_TK, weights_TK)
+    refused = unusual.why_not_grouped(self, x_TD)
+    if refused is not None:
+        _say(f"{name}: a loop over experts instead of our kernels: {reason}; {refused}.")
+        return unusual.experts(self, x_TD, ids_TK, weights_TK)
+    _say(f"{name}: transformers' grouped_mm instead of our kernels: {reason}.")
+    out_TD: torch.Tensor = ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, x_TD, ids_TK, weights_TK)
     return out_TD
 
 

@@ -41,6 +41,8 @@ def expert_shapes(model: str | Path) -> list[ExpertShape]:
             shapes.append(ExpertShape(name, layer.num_experts, layer.top_k, unusual=unusual))
             continue
         _, hidden, width = experts.get_parameter("down_proj").shape
+        if getattr(experts, "is_transposed", False):
+            hidden, width = width, hidden
         shapes.append(
             ExpertShape(name, layer.num_experts, layer.top_k, hidden, width, activation_of(experts))
         )

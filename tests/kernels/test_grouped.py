@@ -224,13 +224,56 @@ def test_float32_routing_weights_are_not_rounded_to_bf16():
 def test_unaligned_and_strided_weights_take_the_loop():
     x, gate_up, down, ids, weights = _problem()
     shifted = torch.empty(gate_up.numel() + 1)[1:].view_as(gate_up).copy_(gate_up)
-    strided = down.transpose(1, 2).contiguous().transpose(1, 2)
+    strided = down.repeat_interleave(2, dim=2)[:, :, ::2]
     expected = grouped.experts(x, gate_up, down, ids, weights)
     for a, b in ((shifted, down), (gate_up, strided)):
         backend, reason = grouped.choose_backend(x, a, b)
         assert backend == "loop"
         assert "aligned" in reason
         assert relative_error(grouped.experts(x, a, b, ids, weights), expected) < 1e-6
+
+
+@pytest.mark.parametrize("width", [32, 43])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_transposed_weights_cost_no_copy(width, dtype):
+    """[E, D, 2I] and [E, I, D], as Aria stores them: views of them are taken as they are."""
+    plain = _with_grad(_problem(width=width, dtype=dtype))
+    x, gate_up, down, ids, weights = _problem(width=width, dtype=dtype)
+    stored = _with_grad([x, gate_up.mT.contiguous(), down.mT.contiguous(), ids, weights])
+    backend, _ = grouped.choose_backend(stored[0], stored[1].mT, stored[2].mT)
+    assert backend == ("grouped" if width == 32 else "loop")
+    expected = grouped.experts(*plain)
+    out = grouped.experts(stored[0], stored[1].mT, stored[2].mT, *stored[3:])
+    for o in (expected, out):
+        o.float().square().sum().backward()
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-2
+    assert relative_error(out, expected) < tolerance
+    assert relative_error(stored[1].grad.mT, plain[1].grad) < tolerance
+    assert relative_error(stored[2].grad.mT, plain[2].grad) < tolerance
+    for index in (0, 4):
+        assert relative_error(stored[index].grad, plain[index].grad) < tolerance
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["some", "all", "none"])
+@pytest.mark.parametrize("width", [32, 43])
+def test_experts_of_another_rank_stay_out(width, kind, device):
+    """An id of num_experts adds zero, moves no gradient, and its rows may hold anything."""
+    x, gate_up, down, ids, weights = _problem(width=width)
+    away = {"some": torch.rand(ids.shape) < 0.5, "all": ids >= 0, "none": ids < 0}[kind]
+    kept = _with_grad([t.to(device) for t in (x, gate_up, down, ids, weights)])
+    masked = _with_grad([t.to(device) for t in (x, gate_up, down, ids, weights)])
+    away = away.to(device)
+    # the meaning: the same experts with a routing weight of zero
+    expected = reference.experts(*kept[:4], kept[4] * ~away)
+    dirty = [torch.full((4096, 128), float("nan"), device=device) for _ in range(4)]
+    del dirty  # uninitialised rows now tend to be NaN
+    out = grouped.experts(*masked[:3], masked[3].masked_fill(away, 6), masked[4], sentinels=True)
+    for o in (expected, out):
+        o.square().sum().backward()
+    assert torch.allclose(out, expected, atol=1e-5)
+    for index in (0, 1, 2, 4):
+        assert torch.allclose(masked[index].grad, kept[index].grad, atol=1e-4), index
 
 
 @pytest.mark.parametrize("width", [32, 43])

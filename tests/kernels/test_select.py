@@ -106,7 +106,8 @@ def test_families_compute_the_same_as_their_own_loop(family, notes, monkeypatch)
     assert called == ["grouped"] * 2
     assert loss == pytest.approx(own_loss, abs=1e-6)
     assert (grads - own_grads).norm() < 1e-5 * own_grads.norm()
-    assert notes == []
+    assert len(notes) == 1  # not once a layer
+    assert "torch's grouped matmul: the fused kernels need a GPU" in notes[0]
 
 
 def test_sizes_that_torch_refuses_take_the_loop_and_say_so_once(notes):
@@ -159,7 +160,7 @@ def test_expert_parallel_sentinels_stay_out(notes):
                 expected[t] += weights[t, k] * y
     out = ALL_EXPERTS_FUNCTIONS["moesaic"](module, x, ids, weights)
     assert torch.allclose(out, expected, atol=1e-4)
-    assert "expert-parallel" in notes[0]
+    assert "torch's grouped matmul" in notes[0]
 
 
 @pytest.mark.parametrize(
@@ -167,7 +168,6 @@ def test_expert_parallel_sentinels_stay_out(notes):
     [
         ({"has_gate": False}, "no gate"),
         ({"has_bias": True}, "biases"),
-        ({"is_transposed": True}, "transposed"),
         ({"is_concatenated": False}, "interleaved"),
         ({"has_post_expert_norm": True}, "norm"),
         ({"act_fn": nn.ReLU()}, "ReLU"),
