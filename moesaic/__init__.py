@@ -18,6 +18,7 @@ _PUBLIC = {
     "init": "moesaic.construct.scratch",
     "train": "moesaic.training.loop",
     "generate": "moesaic.generation",
+    "recording": "moesaic.routing.recording",
 }
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "generate",
     "init",
     "load",
+    "recording",
     "split",
     "train",
 ]
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from moesaic.generation import generate
     from moesaic.models.anatomy import anatomy
     from moesaic.models.load import load
+    from moesaic.routing.recording import recording
     from moesaic.training.loop import train
 
 

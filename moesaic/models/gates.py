@@ -48,6 +48,8 @@ class Gate(nn.Module):
     E; no biases.
     """
 
+    is_moe_router = True  # how `moesaic.recording` knows it
+
     def __init__(
         self,
         hidden_size: int,

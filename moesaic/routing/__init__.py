@@ -1,0 +1,1 @@
+"""How a model routes: record what its routers choose, keep it on disk, measure it."""
