@@ -222,7 +222,7 @@ class Parity:
             rows = real if prefix != "dec_" else torch.ones(len(ids), dtype=torch.bool)
             found = routing.logits.reshape(-1, experts)[rows].float()
             torch.testing.assert_close(found, logits[rows].float(), **CLOSE)
-            kept = weights != 0
+            kept = (weights != 0) & (ids >= 0)  # dropped by capacity: weight 0, or id -1
             dropped = torch.zeros_like(kept) if routing.kept is None else ~routing.kept
             assert torch.equal(kept[rows], ~dropped[rows]), (case, where)
             found_ids, found_weights = routing.ids, routing.weights
@@ -231,7 +231,7 @@ class Parity:
                 weights = weights.gather(-1, order)
                 found_ids, order = found_ids.sort(-1)
                 found_weights = found_weights.gather(-1, order)
-                kept = weights != 0
+                kept = (weights != 0) & (ids >= 0)
             assert torch.equal(found_ids[rows][kept[rows]], ids[rows][kept[rows]]), (case, where)
             torch.testing.assert_close(
                 found_weights[rows][kept[rows]].float(), weights[rows][kept[rows]].float(), **CLOSE
