@@ -52,6 +52,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from moesaic.core.errors import UserError, unknown
+from moesaic.models.balance import balance_loss, router_z_loss, share_of_step, valid_tokens
 from moesaic.models.family import Family
 
 DEFAULT_EXPERTS = "moesaic"
@@ -485,7 +486,7 @@ class HFOpenMoeModel(HFOpenMoePreTrainedModel):
 def smoothed_cross_entropy(
     logits_BSV: torch.Tensor, targets_BS: torch.Tensor, *, smoothing: float, z_factor: float
 ) -> torch.Tensor:
-    """Return each target's loss [B, S]: cross entropy with a smoothed target, plus z_factor * log(Z)^2.
+    """Return each target's loss [B, S]: smoothed cross entropy plus z_factor * log(Z)^2.
 
     The target has 1 - smoothing and the V - 1 others share the rest; the entropy of that
     distribution is subtracted, so the best cross entropy is 0. The original means this and computes
@@ -499,39 +500,6 @@ def smoothed_cross_entropy(
     expected_BS = (right - wrong) * target_BS + wrong * logits_BSV.sum(dim=-1)
     entropy = -sum(n * p * math.log(p) for n, p in ((1, right), (vocab - 1, wrong)) if p > 0)
     return log_z_BS - expected_BS - entropy + z_factor * log_z_BS.square()
-
-
-def balance_loss(
-    router_logits: tuple[torch.Tensor, ...], valid_T: torch.Tensor | None, top_k: int
-) -> torch.Tensor:
-    """Mean over layers of E * sum_e load_e * mean probability_e (arXiv 2101.03961, equation 4).
-
-    Load counts choices before capacity and sums to `top_k`, the loss's value at perfect balance.
-    `valid_T` (bool) says which tokens count. Each layer is balanced by itself: with loads added up
-    over layers, an expert of one layer could make up for its namesake in another.
-    """
-    losses = []
-    for logits_TE in router_logits:
-        probs_TE = logits_TE.float().softmax(dim=-1)
-        if valid_T is not None:
-            probs_TE = probs_TE[valid_T.to(probs_TE.device)]
-        chosen_TE = torch.zeros_like(probs_TE).scatter(1, probs_TE.topk(top_k).indices, 1.0)
-        loss = probs_TE.shape[1] * (chosen_TE.mean(dim=0) * probs_TE.mean(dim=0)).sum()
-        losses.append(loss.to(router_logits[0].device))
-    return torch.stack(losses).mean()
-
-
-def router_z_loss(
-    router_logits: tuple[torch.Tensor, ...], valid_T: torch.Tensor | None
-) -> torch.Tensor:
-    """Mean over layers and tokens of log(sum exp(logits))^2 (arXiv 2202.08906, equation 5)."""
-    losses = []
-    for logits_TE in router_logits:
-        square_T = logits_TE.float().logsumexp(dim=-1).square()
-        if valid_T is not None:
-            square_T = square_T[valid_T.to(square_T.device)]
-        losses.append(square_T.mean().to(router_logits[0].device))
-    return torch.stack(losses).mean()
 
 
 class HFOpenMoeForCausalLM(HFOpenMoePreTrainedModel, GenerationMixin):
@@ -584,8 +552,8 @@ class HFOpenMoeForCausalLM(HFOpenMoePreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
         loss = aux_loss = z_loss = None
         if outputs.router_logits:
-            valid_T = _valid_tokens(attention_mask, outputs.last_hidden_state)
-            aux_loss = balance_loss(outputs.router_logits, valid_T, self.config.router_topk)
+            valid_T = valid_tokens(attention_mask, outputs.last_hidden_state)
+            aux_loss = balance_loss(outputs.router_logits, valid_T, top_k=self.config.router_topk)
             z_loss = router_z_loss(outputs.router_logits, valid_T)
         if labels is not None:
             logits = logits.float()
@@ -620,19 +588,10 @@ class HFOpenMoeForCausalLM(HFOpenMoePreTrainedModel, GenerationMixin):
         total = torch.where(here_BS, losses_BS, 0.0).sum()
         if items is not None:
             items = items.to(logits.device) if isinstance(items, torch.Tensor) else items
-            return total / items, here_BS.sum() / items
+            return total / items, share_of_step(labels, items)
         if self.config.loss_reduction == "original":
             return total / len(labels), 1.0
         return total / here_BS.sum(), 1.0
-
-
-def _valid_tokens(
-    attention_mask: torch.Tensor | None, hidden_states: torch.Tensor
-) -> torch.Tensor | None:
-    """Which of the present tokens are not padding: bool [T], or None when nothing says so."""
-    if attention_mask is None or attention_mask.dim() != 2:
-        return None
-    return attention_mask[:, -hidden_states.shape[1] :].bool().flatten()
 
 
 class JoinGateAndUp(Concatenate):
