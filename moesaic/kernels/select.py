@@ -12,8 +12,8 @@ GELU. Plain modules run on one of our paths, the first that takes them:
 * grouped: torch's grouped matmul, on a CPU and on GPUs;
 * loop: a loop over the experts' rows, where torch refuses their sizes.
 
-Others go to transformers' grouped_mm function, or, where torch refuses their sizes, through
-`kernels.unusual`, which is that function on our loop. Each choice is said once, with its reason.
+Others go to transformers' grouped_mm function, or, where that fails (sizes that torch refuses,
+torch.compile), through `kernels.unusual`. Each choice is said once, with its reason.
 """
 
 from __future__ import annotations
@@ -170,6 +170,9 @@ def _delegate(
     if refused is not None:
         _say(f"{name}: a loop over experts instead of our kernels: {reason}; {refused}.")
         return unusual.experts(self, x_TD, ids_TK, weights_TK)
+    if torch.compiler.is_compiling():
+        _say(f"{name}: grouped matmuls without fusion instead of our kernels: {reason}.")
+        return unusual.experts(self, x_TD, ids_TK, weights_TK, backend="grouped")
     _say(f"{name}: transformers' grouped_mm instead of our kernels: {reason}.")
     out_TD: torch.Tensor = ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, x_TD, ids_TK, weights_TK)
     return out_TD

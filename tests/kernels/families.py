@@ -38,7 +38,11 @@ FAMILIES = {  # what each config calls its sizes; "width" is filled in
     },
     "deepseek_v3": {**LATENT, "moe_intermediate_size": "width", "intermediate_size": 64},
     "olmoe": {"intermediate_size": "width", "num_experts": 6},
-    "granitemoe": {"intermediate_size": "width", "num_local_experts": 6},
+    "granitemoe": {
+        "intermediate_size": "width",
+        "num_local_experts": 6,
+        "output_router_logits": False,  # breaks its forward pass in transformers 5.17
+    },
     "phimoe": {"intermediate_size": "width", "num_local_experts": 6},
     "jamba": {
         "intermediate_size": "width",

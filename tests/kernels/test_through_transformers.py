@@ -217,11 +217,11 @@ def test_fused_kernels_run_wherever_they_do_not_refuse(reason, monkeypatch):
     assert all(grad.dtype == torch.float32 for grad in grads.values())
 
 
-def _unusual_experts(kind):
+def _unusual_experts(kind, width=11):
     config = {
         "hidden_size": 20,
-        "intermediate_size": 11,
-        "moe_intermediate_size": 11,
+        "intermediate_size": width,
+        "moe_intermediate_size": width,
         "num_local_experts": 5,
         "n_routed_experts": 5,
         "moe_latent_size": None,
@@ -247,9 +247,10 @@ def _unusual_experts(kind):
 
 @pytest.mark.parametrize("kind", ["biases, interleaved", "no gate", "a norm behind"])
 @pytest.mark.parametrize("away", [False, True])
-def test_unusual_experts_on_sorted_rows(kind, away):
+@pytest.mark.parametrize("backend", ["grouped", "loop"])
+def test_unusual_experts_on_sorted_rows(kind, away, backend):
     """Values and gradients of the loop that stands in for transformers' own."""
-    experts = _unusual_experts(kind)
+    experts = _unusual_experts(kind, width=12 if backend == "grouped" else 11)
     assert select.why_unusual(experts) is not None
     own_loop = type(experts).forward.__wrapped__
     x, weights = torch.randn(17, 20), torch.rand(17, 3)
@@ -263,7 +264,9 @@ def test_unusual_experts_on_sorted_rows(kind, away):
         dirty = [torch.full((1024, 22), float("nan")) for _ in range(4)]
         del dirty  # uninitialised rows now tend to be NaN
         there = ids if own else ids.masked_fill(gone, 5)
-        out = function(experts, inputs[0], there, inputs[1] * ~gone if own else inputs[1])
+        weight = inputs[1] * ~gone if own else inputs[1]
+        how = {} if own else {"backend": backend}
+        out = function(experts, inputs[0], there, weight, **how)
         out.square().sum().backward()
         grads = [t.grad for t in (*inputs, *experts.parameters())]
         results.append([out.detach(), *(g.clone() for g in grads)])
