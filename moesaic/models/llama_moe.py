@@ -56,6 +56,7 @@ from moesaic.models.gates import (
     ScoreRule,
     TopKBalancedNoisyGate,
 )
+from moesaic.models.padding import last_tokens, share_of_step, valid_tokens
 from moesaic.models.randomness import Randomness
 
 DEFAULT_EXPERTS = "moesaic"
@@ -755,9 +756,7 @@ class LlamaMoEModel(LlamaMoEPreTrainedModel):
             # would make a GPU wait.
             position_ids=given_positions,
         )
-        valid_T = (
-            None if self.config.count_padding else _valid_tokens(attention_mask, inputs_embeds)
-        )
+        valid_T = None if self.config.count_padding else valid_tokens(attention_mask, inputs_embeds)
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
 
@@ -788,18 +787,6 @@ class LlamaMoEModel(LlamaMoEPreTrainedModel):
             gate_importance=importances if output_gate_stats else None,
             router_logits=logits if output_router_logits else None,
         )
-
-
-def _valid_tokens(
-    attention_mask: torch.Tensor | None, inputs_embeds: torch.Tensor
-) -> torch.Tensor | None:
-    """Which of the present tokens are not padding: bool [T], or None when nothing says so."""
-    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
-        return None
-    batch, length = inputs_embeds.shape[:2]
-    if attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
-        return None
-    return attention_mask[:, -length:].to(inputs_embeds.device).bool().flatten()
 
 
 class LlamaMoEForCausalLM(LlamaMoEPreTrainedModel, GenerationMixin):
@@ -858,7 +845,7 @@ class LlamaMoEForCausalLM(LlamaMoEPreTrainedModel, GenerationMixin):
             lm_loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
             )
-            share = _share_of_step(labels, kwargs.get("num_items_in_batch"))
+            share = share_of_step(labels, kwargs.get("num_items_in_batch"))
             loss = lm_loss + (outputs.balance_loss * share).to(lm_loss.device)
         return LlamaMoECausalLMOutput(
             loss=loss, logits=logits, lm_loss=lm_loss, **_carried(outputs)
@@ -870,15 +857,6 @@ class LlamaMoEForCausalLM(LlamaMoEPreTrainedModel, GenerationMixin):
             **super().prepare_inputs_for_generation(*args, **kwargs),
             "output_gate_stats": False,
         }
-
-
-def _share_of_step(labels: torch.Tensor, items: int | torch.Tensor | None) -> torch.Tensor | float:
-    """Return this call's share of the targets of an optimizer step that has `items` of them."""
-    if items is None:
-        return 1.0
-    if isinstance(items, torch.Tensor):
-        items = items.to(labels.device)
-    return (labels[..., 1:] != -100).sum() / items
 
 
 def _carried(outputs: LlamaMoEModelOutput) -> dict[str, Any]:
@@ -929,7 +907,9 @@ class LlamaMoEForSequenceClassification(LlamaMoEPreTrainedModel):
             **kwargs,
         )
         hidden = outputs.last_hidden_state
-        last_B = self._last_tokens(input_ids, attention_mask, hidden)
+        last_B = last_tokens(
+            input_ids, attention_mask, hidden, pad_token_id=self.config.pad_token_id
+        )
         pooled = self.score(hidden[torch.arange(len(hidden), device=hidden.device), last_B])
         loss = None
         if labels is not None:
@@ -938,29 +918,6 @@ class LlamaMoEForSequenceClassification(LlamaMoEPreTrainedModel):
             )
             loss = loss + outputs.balance_loss.to(loss.device)
         return LlamaMoESequenceClassifierOutput(loss=loss, logits=pooled, **_carried(outputs))
-
-    def _last_tokens(
-        self,
-        input_ids: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        hidden: torch.Tensor,
-    ) -> torch.Tensor:
-        """Position of each sequence's last token: int64 [B]."""
-        batch, length = hidden.shape[:2]
-        pad = self.config.pad_token_id
-        if attention_mask is not None and attention_mask.dim() == 2:
-            present_BS = attention_mask[:, -length:] != 0
-        elif input_ids is not None and pad is not None:
-            present_BS = input_ids != pad
-        else:
-            if batch > 1 and input_ids is not None:
-                raise UserError(
-                    "A batch of several sequences needs an attention_mask or config.pad_token_id "
-                    "to tell where each one ends."
-                )
-            return torch.full((batch,), length - 1, device=hidden.device)
-        place_S = torch.arange(length, device=hidden.device)
-        return (place_S * present_BS.to(hidden.device)).argmax(dim=-1)
 
 
 class LlamaMoEForQuestionAnswering(LlamaMoEPreTrainedModel):
