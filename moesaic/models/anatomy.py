@@ -159,7 +159,7 @@ def build(source: Source) -> PreTrainedModel:
         raise UserError(f"{source.name} is not supported: {reason}.")
     cls = model_class(source.fields, source=source.name)
     try:
-        config, _ = config_of(source.fields)
+        config, _ = config_of(source)
         return on_meta(config, cls)
     except UserError as error:
         raise UserError(f"{source.name}: {error}") from error

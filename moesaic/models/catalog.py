@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from moesaic.core.config import Config, parse, read_yaml
 from moesaic.core.errors import UserError, nearest
 from moesaic.models.checkpoint import read_json
 from moesaic.models.families import recognise
+from moesaic.models.overrides import Override, overrides_of
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token", "subfolder")
 _LLAMA_MOE_V2 = (  # fields of the second LLaMA-MoE, whose released configs say "mixtral"
@@ -58,18 +59,23 @@ class Source:
     config: dict[str, Any]
     """config.json as it is."""
 
-    @property
+    @cached_property
+    def overrides(self) -> dict[str, Override]:
+        """Corrections of transformers' class that the model needs."""
+        return overrides_of(self.config) if recognise(self.config) is None else {}
+
+    @cached_property
     def fields(self) -> dict[str, Any]:
-        """What the family's config class reads: model_type and names ours, no auto_map."""
-        return resolve(self.config)
+        """What the config class reads: model_type and names ours where the family is, no auto_map.
 
-
-def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config.json as the arguments of the config class that computes it."""
-    recognised = recognise(config)
-    fields = dict(config) if recognised is None else recognised[1]
-    fields.pop("auto_map", None)
-    return fields
+        Released files may name another family in model_type, or none.
+        """
+        recognised = recognise(self.config)
+        fields = dict(self.config) if recognised is None else recognised[1]
+        for override in self.overrides.values():
+            fields = override.read(fields)
+        fields.pop("auto_map", None)
+        return fields
 
 
 @cache
@@ -122,25 +128,8 @@ def refusal(config: Mapping[str, Any]) -> str | None:
             f"it is a LLaMA-MoE-v2 (config.json has {marks[0]}) that calls itself mixtral; loaded "
             "as one it would compute something else"
         )
-    if model_type == "jetmoe" and "n_embd" in config and "hidden_size" not in config:
-        return "its config.json uses GPT-style names (n_embd, n_layer), which transformers ignores"
-    if model_type == "nllb-moe":
-        return "transformers sends tokens to the wrong experts of this family"
-    if model_type == "deepseek_v2" and config.get("norm_topk_prob"):
-        return "transformers ignores norm_topk_prob of this family"
     if model_type not in CONFIG_MAPPING:
         return f"model_type '{model_type}' is known neither to moesaic nor to transformers"
-    return None
-
-
-def caveat(config: Mapping[str, Any]) -> str | None:
-    """Say where transformers' class differs from the original code of a model, or return None."""
-    model_type = config.get("model_type")
-    if model_type == "switch_transformers":
-        return "tokens over an expert's capacity give zero, where the original passes them on"
-    original = config.get("original_max_position_embeddings")
-    if model_type == "phimoe" and config.get("rope_scaling") and original:
-        return f"beyond {original} tokens transformers' long RoPE differs from the original"
     return None
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from moesaic.core.lineage import read_lineage
 from moesaic.models.anatomy import Anatomy, anatomy_of
-from moesaic.models.catalog import aliases, caveat, find, refusal
+from moesaic.models.catalog import aliases, find, refusal
 from moesaic.models.checkpoint import Checkpoint
 
 
@@ -27,8 +27,9 @@ class Weights:
 class Description:
     """A model as its files tell it.
 
-    `refused` says why this version does not load it (then `anatomy` is None), `caveat` where the
-    result differs from the original code; `weights` is None where only config.json is there.
+    `refused` says why this version does not load it (then `anatomy` is None), `corrected`
+    what transformers' class gets wrong and `moesaic.load` puts right; `weights` is None where only
+    config.json is there.
     """
 
     model: str
@@ -38,7 +39,7 @@ class Description:
     model_type: str | None
     dtype: str | None
     refused: str | None
-    caveat: str | None
+    corrected: dict[str, str]
     anatomy: Anatomy | None
     weights: Weights | None
     config: dict[str, Any]
@@ -75,7 +76,7 @@ def describe(model: str | Path) -> Description:
         model_type=config.get("model_type"),
         dtype=stored or configured,
         refused=refused,
-        caveat=None if refused else caveat(config),
+        corrected={name: override.summary for name, override in source.overrides.items()},
         anatomy=built,
         weights=weights,
         config=config,

@@ -17,11 +17,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as hub_logging
 
 from moesaic import kernels
-from moesaic.core.console import note
 from moesaic.core.errors import UserError
-from moesaic.models.catalog import Source, caveat, find, refusal
+from moesaic.models.catalog import Source, find, refusal
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.families import families
+from moesaic.models.overrides import corrected
 
 HARMLESS = ("rotary_emb.inv_freq",)
 """Endings of tensor names that files of any family may hold: computed, never read."""
@@ -57,8 +57,6 @@ def load(model: str | Path, **kwargs: Any) -> PreTrainedModel:
     reason = refusal(source.config)
     if reason is not None:
         raise UserError(f"{source.name} is not loaded: {reason}.")
-    if (text := caveat(source.config)) is not None:
-        note(f"{source.name}: {text}.")
     cls = model_class(source.fields, source=source.name)
     size = 0
     if source.directory is not None and not any(kwargs.get(key) for key in _ELSEWHERE):
@@ -109,12 +107,15 @@ def model_class(config: Mapping[str, Any], *, source: str = "config.json") -> ty
     return chosen
 
 
-def config_of(fields: Mapping[str, Any], **kwargs: Any) -> tuple[PreTrainedConfig, dict[str, Any]]:
-    """Build the config of `Source.fields`; of `kwargs`, its fields are set and the others returned.
+def config_of(source: Source, **kwargs: Any) -> tuple[PreTrainedConfig, dict[str, Any]]:
+    """Build a model's config; of `kwargs`, its fields are set and the others returned.
 
     So `load(..., output_router_logits=True)` sets what `from_pretrained` would set.
     """
-    config: PreTrainedConfig = CONFIG_MAPPING[fields["model_type"]].from_dict(dict(fields))
+    config_class: type[PreTrainedConfig] = CONFIG_MAPPING[source.fields["model_type"]]
+    for override in source.overrides.values():
+        config_class = override.config or config_class
+    config = config_class.from_dict(dict(source.fields))
     rest = {}
     for key, value in kwargs.items():
         if key in _NOT_OF_THE_CONFIG or not hasattr(config, key):
@@ -131,10 +132,10 @@ def _from_pretrained(
         kwargs.pop("subfolder", None)
     try:
         if "config" not in kwargs and "gguf_file" not in kwargs:
-            config, kwargs = config_of(source.fields, **kwargs)
+            config, kwargs = config_of(source, **kwargs)
             kwargs["config"] = config
         # Mismatched sizes are taken here and refused below, where all of them are listed.
-        result: Any = cls.from_pretrained(
+        result: Any = corrected(cls, source.overrides).from_pretrained(
             source.location,
             output_loading_info=True,
             ignore_mismatched_sizes=True,

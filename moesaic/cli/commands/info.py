@@ -44,8 +44,8 @@ def _render(found: Description) -> None:
     table.add_row("class", f"{found.architecture or '?'} (model_type {found.model_type or 'none'})")
     if found.refused:
         table.add_row("not loaded", found.refused)
-    if found.caveat:
-        table.add_row("note", found.caveat)
+    for summary in found.corrected.values():
+        table.add_row("corrected", summary)
     for name, value in _anatomy_rows(found):
         table.add_row(name, value)
     table.add_row("dtype", found.dtype or "not stated")
