@@ -33,11 +33,12 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import moesaic
 from tests.models.golden import FAMILIES, family
+from tests.models.tiny import SHAPE
 
 IMPLEMENTATIONS = ("eager", "grouped_mm", "moesaic")
 CLOSE = {"atol": 1e-4, "rtol": 0}
@@ -237,14 +238,16 @@ class Parity:
                 found_weights[rows][kept[rows]].float(), weights[rows][kept[rows]].float(), **CLOSE
             )
 
-    def check_generation(self, implementation: str = "moesaic", **generation: Any) -> None:
-        """Greedy tokens, recomputed at every step and with the cache."""
+    def check_generation(
+        self, implementation: str = "moesaic", *, recomputed: bool = True, **generation: Any
+    ) -> None:
+        """Greedy tokens, recomputed at every step (unless told otherwise) and with the cache."""
         _, expected = family(self.name)
         model, given = self.build(implementation), self.inputs()
         seq2seq = "decoder_input_ids" in given
         prompt = given["input_ids"] if seq2seq else given["input_ids"][:, :8]
         for cache, key in ((False, "generate/tokens"), (True, "generate/tokens_cached")):
-            if key not in expected:
+            if key not in expected or not (cache or recomputed):
                 continue
             tokens = model.generate(
                 prompt,
@@ -258,7 +261,11 @@ class Parity:
             assert torch.equal(tokens[:, -8:], expected[key]), key
 
     def check_experts_interface(self) -> None:
-        """The implementation asked for is really called, once for every router that is an MLP's."""
+        """The implementation asked for is really called, for every router that is an MLP's.
+
+        A dense LLaMA is built first: transformers caches on a base class that it has no experts.
+        """
+        LlamaForCausalLM(LlamaConfig(**SHAPE))
         model, calls = self.build("eager"), []
 
         def counted(experts: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -375,3 +382,14 @@ def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
         if file.name not in ("inputs.safetensors", "expected.safetensors"):
             tensors |= load_file(file)
     return {key: tensor for key, tensor in tensors.items() if not key.endswith(_COMPUTED)}
+
+
+def check_full_size(
+    config: PreTrainedConfig, *, total: float, active: float, top_k: int, layers: int
+) -> None:
+    """A causal LM of real size builds on the meta device; parameters in billions, as published."""
+    found = moesaic.anatomy(config)
+    assert round(found.params_total / 1e9, 3) == total
+    assert abs(found.params_active / 1e9 - active) < 0.06 * active, found.params_active
+    assert len(found.layers) == layers
+    assert {layer.top_k for layer in found.layers} == {top_k}
