@@ -116,8 +116,7 @@ class HFOpenMoeConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs.pop("auto_map", None)
         kwargs.pop("rope_scaling", None)
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
+        self.num_key_value_heads = self.key_value_heads
         super().__post_init__(**kwargs)
         for field, value, wanted in (
             ("router_topk", self.router_topk, 2),
@@ -132,11 +131,16 @@ class HFOpenMoeConfig(PreTrainedConfig):
             raise UserError(
                 f"num_experts={self.num_experts} but a token uses 2. Give 2 or more experts."
             )
-        if self.num_attention_heads % self.num_key_value_heads:
+        if self.num_attention_heads % self.key_value_heads:
             raise UserError(
-                f"{self.num_key_value_heads} key-value heads do not divide "
+                f"{self.key_value_heads} key-value heads do not divide "
                 f"{self.num_attention_heads} heads. Give num_key_value_heads that does."
             )
+
+    @property
+    def key_value_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.num_key_value_heads or self.num_attention_heads
 
     def has_experts(self, layer: int) -> bool:
         """Whether this layer, counted from 0, is an MoE layer."""
@@ -292,10 +296,10 @@ class HFOpenMoeAttention(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.num_key_value_groups = config.num_attention_heads // config.key_value_heads
         self.is_causal = True
         hidden, queries = config.hidden_size, config.num_attention_heads * config.head_dim
-        keys = config.num_key_value_heads * config.head_dim
+        keys = config.key_value_heads * config.head_dim
         self.q_proj = nn.Linear(hidden, queries, bias=False)
         self.k_proj = nn.Linear(hidden, keys, bias=False)
         self.v_proj = nn.Linear(hidden, keys, bias=False)
@@ -436,8 +440,8 @@ class HFOpenMoeModel(HFOpenMoePreTrainedModel):
         """Run the decoder on `input_ids` [B, S] or `inputs_embeds` [B, S, D], not both.
 
         `attention_mask` [B, past + S]: 1 for tokens, 0 for padding on either side; padding is
-        routed and counts in capacity. `position_ids` are taken and ignored, as in the original:
-        positions are places in the cache.
+        routed and counts in capacity. (A prepared 4-D mask is used as it is.) `position_ids` are
+        taken and ignored, as in the original: positions are places in the cache.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise UserError("Give exactly one of input_ids and inputs_embeds.")
@@ -572,6 +576,13 @@ class HFOpenMoeForCausalLM(HFOpenMoePreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
         )
+
+    @staticmethod
+    def create_masks_for_generate(
+        *, attention_mask: torch.Tensor | None = None, **_: Any
+    ) -> torch.Tensor | None:
+        """Leave the mask as it is: transformers would make it 4-D for static caches."""
+        return attention_mask
 
     def _language_loss(
         self, logits: torch.Tensor, labels: torch.Tensor, items: int | torch.Tensor | None
