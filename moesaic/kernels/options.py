@@ -15,14 +15,17 @@ each one changes a launch parameter that `select` reports, or is refused with th
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import model_validator
 
 from moesaic.core.config import Config
 from moesaic.core.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    import torch
 
 SEED_KEYS = ("moe_kernels", "moe_group_size", "moe_persistent_kernel", "moe_kernel_models")
 _LAUNCH_KEYS = ("moe_group_size", "moe_persistent_kernel")
@@ -49,6 +52,11 @@ class KernelsConfig(Config):
                 "moe_kernels: true."
             )
         return self
+
+    @property
+    def implementation(self) -> str:
+        """The experts implementation to load a model with."""
+        return "moesaic" if self.moe_kernels else "grouped_mm"
 
     @property
     def launch(self) -> Launch:
@@ -89,6 +97,12 @@ def current() -> Launch:
     return _current
 
 
+def reset() -> None:
+    """Put the defaults in force again."""
+    global _current
+    _current = Launch()
+
+
 @contextlib.contextmanager
 def using(launch: Launch) -> Iterator[Launch]:
     """Put other launch parameters in force inside the block, for tests and measurements."""
@@ -101,42 +115,52 @@ def using(launch: Launch) -> Iterator[Launch]:
 
 
 def configure(
-    config: KernelsConfig, *, model_type: str | None = None, experts: Iterable[Any] = ()
+    config: KernelsConfig,
+    *,
+    model_type: str | None = None,
+    known_types: Collection[str] = (),
+    experts: Iterable[Any],
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Launch:
     """Put `config` in force for this process and return the launch parameters.
 
     Args:
         config: what the user said.
         model_type: of the model to run, for `moe_kernel_models`.
-        experts: the model's experts modules, on their device and in their type: launch options that
-            none of them can use are refused.
+        known_types: every model type there is; another in that list is an error.
+        experts: the model's experts modules: an option that none of them can use is refused.
+        device: where they will run, if they are not there yet.
+        dtype: of their products, if not that of their weights.
 
     Raises UserError for an option that would have no effect, with the reason.
     """
+    from moesaic.kernels.select import why_not_fused
+
     global _current
+    experts = list(experts)
     if config.moe_kernel_models is not None:
-        _check_models(config.moe_kernel_models, model_type)
+        _check_models(config.moe_kernel_models, model_type, known_types)
+    if not experts:
+        raise UserError("kernels: has no effect on a model without experts. Leave it out.")
     given = [key for key in _LAUNCH_KEYS if getattr(config, key) is not None]
     if given:
-        reason = _why_no_effect(experts)
-        if reason is not None:
+        reasons = [why_not_fused(module, device=device, dtype=dtype) for module in experts]
+        if None not in reasons:
             raise UserError(
-                f"kernels.{given[0]} has no effect here: {reason}. Leave it out, or run where the "
-                "fused kernels do."
+                f"kernels.{given[0]} has no effect here: {reasons[0]}. Leave it out, or run where "
+                "the fused kernels do."
             )
     _current = config.launch
     return _current
 
 
-def _check_models(names: list[str], model_type: str | None) -> None:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    known = list(CONFIG_MAPPING.keys())
+def _check_models(names: list[str], model_type: str | None, known: Collection[str]) -> None:
     wanted = [name.lower().replace("-", "_") for name in names]
     for name in wanted:
-        if name not in known:
+        if known and name not in known:
             raise UserError(
-                f"kernels.moe_kernel_models: no model type '{name}'.{nearest(name, known)} "
+                f"kernels.moe_kernel_models: no model type '{name}'.{nearest(name, list(known))} "
                 "Give model types as config.json names them."
             )
     if model_type is not None and model_type not in wanted:
@@ -144,12 +168,3 @@ def _check_models(names: list[str], model_type: str | None) -> None:
             f"kernels.moe_kernel_models leaves out '{model_type}', the type of this model, so the "
             f"options have no effect. Add it to: {', '.join(wanted) or 'an empty list'}."
         )
-
-
-def _why_no_effect(experts: Iterable[Any]) -> str | None:
-    from moesaic.kernels.select import why_not_fused
-
-    reasons = [why_not_fused(module) for module in experts]
-    if not reasons:
-        return "the model has no experts that our kernels replace"
-    return None if None in reasons else reasons[0]

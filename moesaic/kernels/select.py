@@ -52,7 +52,7 @@ def experts_forward(
     activation = activation_of(self) or "silu"
     name = type(self).__name__
 
-    refused = _why_no_triton(x_TD, sentinels=sentinels)
+    refused = _why_no_triton(x_TD.device, sentinels=sentinels)
     if refused is None:
         # The kernels take one dtype. Autograd takes the gradients back to the types given.
         compute = grouped.compute_dtype(x_TD, gate_up_EJD)
@@ -86,24 +86,34 @@ def why_unusual(module: torch.nn.Module) -> str | None:
     return _why_unusual(module, *_weights(module))
 
 
-def why_not_fused(module: torch.nn.Module, *, dtype: torch.dtype | None = None) -> str | None:
-    """Say why the Triton kernels would not run this experts module where it lies, or return None.
+def why_not_fused(
+    module: torch.nn.Module,
+    *,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> str | None:
+    """Say why the Triton kernels would not run this experts module, or return None.
 
-    `dtype` is that of the products where it is not the weights' own, as under autocast.
+    `device` is where it will run and `dtype` that of its products; None: those of its weights.
     """
     weights = _weights(module)
     reason = _why_unusual(module, *weights)
     if reason is not None:
         return reason
-    sentinels = getattr(module, "_is_expert_parallel", False)
-    reason = _why_no_triton(weights[0], sentinels=sentinels)
-    if reason is not None:
-        return reason
     if getattr(module, "is_transposed", False):
         weights = [weight.transpose(1, 2) for weight in weights]
-    gate_up_EJD, down_EDI = (weight.detach().to(dtype or weight.dtype) for weight in weights)
+    gate_up_EJD, down_EDI = weights
+    device = device or gate_up_EJD.device
+    reason = _why_no_triton(device, sentinels=getattr(module, "_is_expert_parallel", False))
+    if reason is not None:
+        return reason
+    dtype = dtype or gate_up_EJD.dtype
+    gate_up_EJD, down_EDI = (  # sizes and strides count, numbers do not
+        torch.empty_strided(weight.shape, weight.stride(), dtype=dtype, device=device)
+        for weight in (gate_up_EJD, down_EDI)
+    )
     x_TD = gate_up_EJD.new_empty(1, gate_up_EJD.shape[2])
-    ids_TK = torch.zeros(1, 1, dtype=torch.int64, device=x_TD.device)
+    ids_TK = torch.zeros(1, 1, dtype=torch.int64, device=device)
     refused: str | None = _triton().why_not(x_TD, gate_up_EJD, down_EDI, ids_TK)
     return refused
 
@@ -129,14 +139,14 @@ def _triton() -> Any:
     return fused
 
 
-def _why_no_triton(x_TD: torch.Tensor, *, sentinels: bool) -> str | None:
-    if x_TD.device.type != "cuda":
-        return f"the fused kernels need a GPU, not a {x_TD.device.type.upper()}"
+def _why_no_triton(device: torch.device, *, sentinels: bool) -> str | None:
+    if device.type != "cuda":
+        return f"the fused kernels need a GPU, not a {device.type.upper()}"
     try:
         triton = _triton()
     except ImportError as error:
         return f"the fused kernels cannot be imported ({error})"
-    if sentinels and not getattr(triton, "TAKES_SENTINELS", False):
+    if sentinels and not getattr(triton, "TAKES_SENTINELS", False):  # a fact of that package
         return "the fused kernels do not run expert-parallel"
     return None
 

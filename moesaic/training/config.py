@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from moesaic.core.config import Config
+from moesaic.kernels.options import SEED_KEYS, KernelsConfig
 
 DataSource = str | dict[str, str | list[str]]
 
@@ -210,6 +211,9 @@ class TrainConfig(Config):
     """Attention implementation."""
     experts: str | None = None
     """Experts implementation (`moesaic`, `grouped_mm`, `eager`); None: the model's default."""
+    kernels: KernelsConfig | None = None
+    """What the run asks of our kernels; None: nothing. Its keys may also stand at the top level,
+    where the axolotl plugin had them."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the data order, of routing noise and of dropout."""
     log: LogConfig = LogConfig()
@@ -220,6 +224,26 @@ class TrainConfig(Config):
     """States to resume from."""
     save_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of the weights in the final model; None: that of the model given."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _top_level_kernels(cls, given: Any) -> Any:
+        flat = [key for key in SEED_KEYS if isinstance(given, Mapping) and key in given]
+        if not flat:
+            return given
+        if given.get("kernels") is not None:
+            raise ValueError(f"give {flat[0]} either at the top level or under kernels, not both.")
+        rest = {key: value for key, value in given.items() if key not in flat}
+        return {**rest, "kernels": {key: given[key] for key in flat}}
+
+    @model_validator(mode="after")
+    def _one_word_on_experts(self) -> TrainConfig:
+        if self.kernels is not None and self.experts is not None:
+            raise ValueError(
+                f"kernels and experts={self.experts} both choose the code of the experts. Leave "
+                "one out: moe_kernels: true is experts: moesaic, false is grouped_mm."
+            )
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:

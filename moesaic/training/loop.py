@@ -92,7 +92,9 @@ def plan(config: TrainConfig) -> dict[str, Any]:
     domain. Writes nothing but the token cache. Raises UserError for whatever `train` would refuse.
     """
     where = setup.device(config.device)
+    precision = setup.precision(config.precision, where)
     model = setup.empty_model(config)
+    setup.configure_kernels(config, model, where, precision)
     set_balance_coefficient(model, config.balance.coefficient)
     parameters, active = setup.count_parameters(model)
     tokenizer = setup.tokenizer(config)
@@ -105,7 +107,7 @@ def plan(config: TrainConfig) -> dict[str, Any]:
         "parameters": parameters,
         "active_parameters": active,
         "device": str(where),
-        "precision": setup.precision(config.precision, where),
+        "precision": precision,
         "updates": config.total_steps,
         "tokens_per_update": config.tokens_per_step,
         "tokens": tokens,

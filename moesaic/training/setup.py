@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from moesaic.core.console import note
 from moesaic.core.errors import UserError
 from moesaic.data import MixtureStream, Source, open_domains, open_mixture
 from moesaic.data.dynamic import reference_losses
+from moesaic.kernels.options import configure, reset
 from moesaic.measure import held_out_loss
 from moesaic.models.anatomy import anatomy, build
 from moesaic.models.catalog import find
@@ -70,13 +73,37 @@ def load_model(config: TrainConfig, where: torch.device, how: Precision) -> PreT
     options: dict[str, Any] = {"attn_implementation": config.attention}
     if config.experts is not None:
         options["experts_implementation"] = config.experts
+    elif config.kernels is not None:
+        options["experts_implementation"] = config.kernels.implementation
     dtype = torch.bfloat16 if how == "bf16" else torch.float32
     model: Any = load(_given(config), dtype=dtype, **options)
     _check_length(config, model)
     _check_finite(config, model)
     if config.gradient_checkpointing:
         recompute_activations(model)
-    return model.to(where)
+    model = model.to(where)
+    configure_kernels(config, model, where, how)
+    return model
+
+
+def configure_kernels(
+    config: TrainConfig, model: PreTrainedModel, where: torch.device, how: Precision
+) -> None:
+    """Put `config.kernels` in force. Raises UserError for an option that would have no effect."""
+    if config.kernels is None:
+        reset()  # a run before this one in the same process may have said otherwise
+        return
+    experts = [model.get_submodule(layer.experts) for layer in anatomy(model).layers]
+    launch = configure(
+        config.kernels,
+        model_type=model.config.model_type,
+        known_types=list(CONFIG_MAPPING.keys()),
+        experts=experts,
+        device=where,
+        dtype=torch.bfloat16 if how in ("mixed", "bf16") else torch.float32,
+    )
+    if config.kernels.moe_kernels:
+        note(f"kernels: {launch}")
 
 
 def recompute_activations(model: Any) -> None:

@@ -204,7 +204,7 @@ def test_fused_kernels_run_wherever_they_do_not_refuse(reason, monkeypatch):
     monkeypatch.setattr(select, "_said", set())
     monkeypatch.setattr(select, "note", said.append)
     monkeypatch.setattr(select, "_triton", lambda: fused)
-    monkeypatch.setattr(select, "_why_no_triton", lambda x, *, sentinels: None)
+    monkeypatch.setattr(select, "_why_no_triton", lambda device, *, sentinels: None)
     model = tiny("olmoe")
     own = _step(_as(model, "eager"))
     _same(_step(_as(model, "moesaic")), own, 1e-5)
