@@ -1,0 +1,70 @@
+"""Bring the rows of a token together again: a weighted sum in float32, no atomics.
+
+T tokens, K experts a token, D hidden size, N routed rows.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+def combine(
+    y_ND: torch.Tensor,
+    inverse_N: torch.Tensor,
+    out_TD: torch.Tensor,
+    *,
+    weights_TK: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Fill out_TD with the sum over k of (weight *) y[inverse]; rows of nobody count as zero."""
+    tokens, hidden = out_TD.shape
+    top_k = inverse_N.shape[0] // tokens
+    block = min(triton.next_power_of_2(hidden), 1024)
+    _combine[(tokens, triton.cdiv(hidden, block))](
+        y_ND, inverse_N, weights_TK, out_TD, hidden,
+        TOP_K=top_k, BLOCK=block, WEIGHTED=weights_TK is not None, num_warps=max(1, block // 256),
+    )  # fmt: skip
+    return out_TD
+
+
+def weight_gradient(
+    partial_NP: torch.Tensor, inverse_N: torch.Tensor, out_TK: torch.Tensor
+) -> torch.Tensor:
+    """Fill out_TK with the sum of each row's partial sums; rows of nobody get zero."""
+    rows, parts = partial_NP.shape
+    _weight_gradient[(triton.cdiv(rows, 64),)](
+        partial_NP, inverse_N, out_TK, rows, parts, PARTS=triton.next_power_of_2(parts), BLOCK=64
+    )
+    return out_TK
+
+
+@triton.jit
+def _combine(
+    y_ptr, inverse_ptr, weights_ptr, out_ptr, hidden,
+    TOP_K: tl.constexpr, BLOCK: tl.constexpr, WEIGHTED: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < hidden
+    total = tl.zeros((BLOCK,), tl.float32)
+    for k in tl.static_range(TOP_K):
+        row = tl.load(inverse_ptr + token * TOP_K + k)
+        where = y_ptr + row.to(tl.int64) * hidden + column
+        value = tl.load(where, mask=inside & (row >= 0), other=0.0).to(tl.float32)
+        if WEIGHTED:
+            value *= tl.load(weights_ptr + token * TOP_K + k).to(tl.float32)
+        total += value
+    tl.store(out_ptr + token * hidden + column, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _weight_gradient(
+    partial_ptr, inverse_ptr, out_ptr, rows, parts, PARTS: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    source = tl.load(inverse_ptr + row, mask=row < rows, other=-1)
+    part = tl.arange(0, PARTS)
+    mask = (source >= 0)[:, None] & (part < parts)[None, :]
+    value = tl.load(partial_ptr + source[:, None] * parts + part[None, :], mask=mask, other=0.0)
+    tl.store(out_ptr + row, tl.sum(value, 1).to(out_ptr.dtype.element_ty), mask=row < rows)

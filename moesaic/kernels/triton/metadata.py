@@ -1,0 +1,148 @@
+"""Which row goes where: routed rows sorted by expert, without a sort and without asking the GPU.
+
+T tokens, K experts a token, N = T*K routed rows, E experts. Rows keep their order within an expert
+(a stable counting sort), so two runs give the same bits. An id outside [0, E) is a row that belongs
+to nobody here (expert parallelism marks such rows with E): it gets position -1 and enters no
+product. Three launches: histograms of blocks, a prefix sum for each expert, positions and tiles.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK = 256
+"""Routed rows that one program counts and places."""
+_CHUNK = 32
+_SCAN = 1024
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Where every routed row lies; all tensors stay on the device."""
+
+    token_N: torch.Tensor
+    """Token of each sorted row, int32; undefined past the last expert's end."""
+    weight_N: torch.Tensor
+    """Routing weight of each sorted row, float32."""
+    inverse_N: torch.Tensor
+    """Sorted position of flat row t*K + k, int32; -1 for a row of nobody here."""
+    ends_E: torch.Tensor
+    """Where each expert's rows end, int32."""
+    tile_expert: torch.Tensor
+    """Expert of each row tile, int32 [tiles]; only the first `tiles[0]` count."""
+    tile_row: torch.Tensor
+    """First sorted row of each row tile, int32 [tiles]."""
+    tiles: torch.Tensor
+    """Number of row tiles, int32 [1]."""
+    tile_rows: int
+    """Rows of a tile."""
+
+    @property
+    def most_tiles(self) -> int:
+        """Upper bound of the number of row tiles, known without asking the device."""
+        return int(self.tile_expert.shape[0])
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The tensors in the order of the fields."""
+        return [
+            self.token_N, self.weight_N, self.inverse_N, self.ends_E,
+            self.tile_expert, self.tile_row, self.tiles,
+        ]  # fmt: skip
+
+
+def route(
+    ids_TK: torch.Tensor, weights_TK: torch.Tensor, *, experts: int, tile_rows: int
+) -> Routing:
+    """Sort routed rows by expert and cut each expert's rows into tiles of `tile_rows`."""
+    rows = ids_TK.numel()
+    device = ids_TK.device
+    blocks = triton.cdiv(rows, BLOCK)
+    bins = triton.next_power_of_2(experts + 1)
+    most_tiles = triton.cdiv(rows, tile_rows) + experts
+    ids_TK, weights_TK = ids_TK.contiguous(), weights_TK.contiguous()
+    ints = torch.empty(2 * rows + 2 * most_tiles + 2 * experts + 1, dtype=torch.int32, device=device)
+    token_N, inverse_N, tile_expert, tile_row, ends_E, totals_E, tiles = ints.split(
+        [rows, rows, most_tiles, most_tiles, experts, experts, 1]
+    )
+    weight_N = torch.empty(rows, dtype=torch.float32, device=device)
+    counts = torch.empty(blocks, experts, dtype=torch.int32, device=device)
+    _count[(blocks,)](ids_TK, counts, rows, experts, BINS=bins, BLOCK=BLOCK)
+    _scan[(experts,)](counts, totals_E, blocks, experts, SCAN=_SCAN)
+    _place[(blocks + experts,)](
+        ids_TK, weights_TK, counts, totals_E, token_N, weight_N, inverse_N, ends_E,
+        tile_expert, tile_row, tiles, rows, experts, blocks,
+        TOP_K=ids_TK.shape[1], BINS=bins, BLOCK=BLOCK, CHUNK=_CHUNK, TILE=tile_rows,
+    )  # fmt: skip
+    return Routing(token_N, weight_N, inverse_N, ends_E, tile_expert, tile_row, tiles, tile_rows)
+
+
+@triton.jit
+def _count(ids_ptr, counts_ptr, rows, experts, BINS: tl.constexpr, BLOCK: tl.constexpr):
+    pid = tl.program_id(0)
+    row = pid * BLOCK + tl.arange(0, BLOCK)
+    ids = tl.load(ids_ptr + row, mask=row < rows, other=-1).to(tl.int32)
+    ids = tl.where((ids >= 0) & (ids < experts), ids, experts)
+    counts = tl.histogram(ids, BINS)
+    expert = tl.arange(0, BINS)
+    tl.store(counts_ptr + pid * experts + expert, counts, mask=expert < experts)
+
+
+@triton.jit
+def _scan(counts_ptr, totals_ptr, blocks, experts, SCAN: tl.constexpr):
+    expert = tl.program_id(0)
+    total = 0
+    for start in range(0, blocks, SCAN):
+        block = start + tl.arange(0, SCAN)
+        where = counts_ptr + block * experts + expert
+        counts = tl.load(where, mask=block < blocks, other=0)
+        tl.store(where, total + tl.cumsum(counts, 0) - counts, mask=block < blocks)
+        total += tl.sum(counts, 0)
+    tl.store(totals_ptr + expert, total)
+
+
+@triton.jit
+def _place(
+    ids_ptr, weights_ptr, before_ptr, totals_ptr, token_ptr, weight_ptr, inverse_ptr, ends_ptr,
+    tile_expert_ptr, tile_row_ptr, tiles_ptr, rows, experts, blocks,
+    TOP_K: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    bin_ = tl.arange(0, BINS)
+    totals = tl.load(totals_ptr + bin_, mask=bin_ < experts, other=0)
+    if pid < blocks:
+        row = pid * BLOCK + tl.arange(0, BLOCK)
+        ids = tl.load(ids_ptr + row, mask=row < rows, other=-1).to(tl.int32)
+        mine = (ids >= 0) & (ids < experts)
+        rank = tl.zeros((BLOCK,), tl.int32)
+        for start in range(0, BLOCK, CHUNK):
+            other = pid * BLOCK + start + tl.arange(0, CHUNK)
+            other_id = tl.load(ids_ptr + other, mask=other < rows, other=-1).to(tl.int32)
+            earlier = (ids[:, None] == other_id[None, :]) & (other[None, :] < row[:, None])
+            rank += tl.sum(earlier.to(tl.int32), 1)
+        ends = tl.cumsum(totals, 0)
+        if pid == 0:
+            tl.store(ends_ptr + bin_, ends, mask=bin_ < experts)
+        # Each row's expert begins where the ones before it end.
+        begin = tl.gather(ends - totals, tl.where(mine, ids, 0), 0)
+        before = tl.load(before_ptr + pid * experts + ids, mask=mine, other=0)
+        position = begin + before + rank
+        weight = tl.load(weights_ptr + row, mask=mine, other=0).to(tl.float32)
+        tl.store(token_ptr + position, row // TOP_K, mask=mine)
+        tl.store(weight_ptr + position, weight, mask=mine)
+        tl.store(inverse_ptr + row, tl.where(mine, position, -1), mask=row < rows)
+    else:
+        expert = pid - blocks
+        tiles = (totals + TILE - 1) // TILE
+        first = tl.sum(tl.where(bin_ < expert, tiles, 0), 0)
+        start = tl.sum(tl.where(bin_ < expert, totals, 0), 0)
+        owned = tl.sum(tl.where(bin_ == expert, tiles, 0), 0)
+        for tile in range(owned):
+            tl.store(tile_expert_ptr + first + tile, expert)
+            tl.store(tile_row_ptr + first + tile, start + tile * TILE)
+        if expert == experts - 1:
+            tl.store(tiles_ptr, first + owned)

@@ -1,0 +1,207 @@
+"""Launch the Hopper kernels: the six products of an experts layer on sorted rows.
+
+N routed rows, D hidden size, I expert width, J = 2I, E experts. Descriptors of tensor-memory copies
+are made on the host; everything that depends on the routing is read on the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from triton.experimental.gluon.language import NVMMASharedLayout
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from moesaic.kernels.triton.hopper import outer_kernel, rows_kernel
+from moesaic.kernels.triton.metadata import Routing
+
+BK = 64
+TILE_ROWS = 128
+_SWIZZLED = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How one product is launched: tile width, ring stages, tiles a group, persistence."""
+
+    width: int = 256
+    stages: int = 3
+    group_m: int = 8
+    persistent: bool = True
+
+
+def _descriptor(tensor: torch.Tensor, *block: int) -> TensorDescriptor:
+    return TensorDescriptor(
+        tensor, list(tensor.shape), list(tensor.stride()), list(block), _SWIZZLED
+    )
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _programs(device: torch.device, tiles: int, launch: Launch) -> int:
+    return max(1, min(tiles, _processors(device)) if launch.persistent else tiles)
+
+
+def _cut(n: int, by: int) -> int:
+    return -(-n // by)
+
+
+def _rows(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    routing: Routing,
+    launch: Launch,
+    *,
+    epilogue: str,
+    gather: bool,
+    k_major: bool,
+    columns: int,
+    second: int = 0,
+    keep_h: bool = False,
+    **outputs: Any,
+) -> None:
+    """a [rows, K] times b (3-D, one matrix an expert); `outputs` by the kernel's names."""
+    pair = epilogue == "swiglu"
+    width = launch.width // 2 if pair else launch.width
+    flat = b.view(-1, b.shape[-1])
+    names = ("out", "out2", "out3", "h", "h2")
+    descriptors = {
+        f"{name}_desc": _descriptor(outputs[name], 64, width) if name in outputs else None
+        for name in names
+    }
+    pointers = {
+        f"{name}_ptr": outputs.get(name) for name in ("out", "out2", "out3", "weight", "partial")
+    }
+    tiles = routing.most_tiles * _cut(columns, width)
+    rows_kernel[(_programs(a.device, tiles, launch),)](
+        a_desc=_descriptor(a, 64, BK),
+        a_ptr=a,
+        token_ptr=routing.token_N,
+        b_desc=_descriptor(flat, width, BK) if k_major else _descriptor(flat, BK, width),
+        **descriptors,
+        **pointers,
+        tile_expert_ptr=routing.tile_expert,
+        tile_row_ptr=routing.tile_row,
+        ends_ptr=routing.ends_E,
+        count_ptr=routing.tiles,
+        N=columns,
+        K=a.shape[1],
+        b_rows=b.shape[1],
+        second=second,
+        out_stride=outputs["out"].stride(0),
+        out3_stride=outputs["out3"].stride(0) if "out3" in outputs else 0,
+        EPILOGUE=epilogue,
+        GATHER=gather,
+        B_KMAJOR=k_major,
+        KEEP_H=keep_h,
+        BN=launch.width,
+        BK=BK,
+        STAGES=launch.stages,
+        GROUP_M=launch.group_m,
+        PRODUCER_WARPS=4 if gather else 1,
+        CONSUMER_REGS=224 if gather else 240,
+        PRODUCER_REGS=56 if gather else 24,
+        num_warps=4,
+    )
+
+
+def up(
+    x_TD: torch.Tensor,
+    gate_up_EJD: torch.Tensor,
+    routing: Routing,
+    launch: Launch,
+    *,
+    keep_h: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return a = silu(gate) * up of the gathered rows, and h = [gate, up] if kept."""
+    rows, width = routing.token_N.shape[0], gate_up_EJD.shape[1] // 2
+    a_NI = x_TD.new_empty(rows, width)
+    h_NJ = x_TD.new_empty(rows, 2 * width) if keep_h else None
+    halves = (a_NI, a_NI) if h_NJ is None else (h_NJ[:, :width], h_NJ[:, width:])
+    _rows(
+        x_TD, gate_up_EJD, routing, launch,
+        epilogue="swiglu", gather=True, k_major=True, columns=width, second=width, keep_h=keep_h,
+        out=halves[0], out2=halves[1], out3=a_NI,
+    )  # fmt: skip
+    return a_NI, h_NJ
+
+
+def rows(
+    a_NK: torch.Tensor,
+    weight: torch.Tensor,
+    routing: Routing,
+    launch: Launch,
+    *,
+    transposed: bool,
+) -> torch.Tensor:
+    """Return a @ weight[e] (weight [E, K, M]), or a @ weight[e].T if `transposed` ([E, M, K])."""
+    columns = weight.shape[1] if transposed else weight.shape[2]
+    out = a_NK.new_empty(a_NK.shape[0], columns)
+    _rows(
+        a_NK, weight, routing, launch,
+        epilogue="plain", gather=False, k_major=transposed, columns=columns, out=out,
+    )  # fmt: skip
+    return out
+
+
+def activation_gradient(
+    grad_TD: torch.Tensor,
+    down_EDI: torch.Tensor,
+    h_NJ: torch.Tensor,
+    routing: Routing,
+    launch: Launch,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return dh, weight * a, and partial sums [N, tiles] of the routing weights' gradient."""
+    width = down_EDI.shape[2]
+    dh_NJ, wa_NI = torch.empty_like(h_NJ), h_NJ.new_empty(h_NJ.shape[0], width)
+    partial = torch.empty(
+        h_NJ.shape[0], _cut(width, launch.width), dtype=torch.float32, device=h_NJ.device
+    )
+    _rows(
+        grad_TD, down_EDI, routing, launch,
+        epilogue="dact", gather=True, k_major=False, columns=width,
+        out=dh_NJ[:, :width], out2=dh_NJ[:, width:], out3=wa_NI,
+        h=h_NJ[:, :width], h2=h_NJ[:, width:], weight=routing.weight_N, partial=partial,
+    )  # fmt: skip
+    return dh_NJ, wa_NI, partial
+
+
+def outer(
+    a: torch.Tensor, b: torch.Tensor, routing: Routing, launch: Launch, *, gather_a: bool
+) -> torch.Tensor:
+    """Return [E, M, N']: the sum over an expert's rows of a[s] (x) b[s]; one of them is per token.
+
+    `gather_a`: a is [T, M] and b is [N, N'] sorted; otherwise a is sorted and b is per token.
+    """
+    experts, m, n = routing.ends_E.shape[0], a.shape[1], b.shape[1]
+    out = a.new_empty(experts, m, n)
+    tiles = experts * _cut(m, TILE_ROWS) * _cut(n, launch.width)
+    outer_kernel[(_programs(a.device, tiles, launch),)](
+        a_desc=_descriptor(a, BK, 64),
+        a_ptr=a,
+        b_desc=_descriptor(b, BK, launch.width),
+        b_ptr=b,
+        token_ptr=routing.token_N,
+        ends_ptr=routing.ends_E,
+        out_desc=_descriptor(out.view(-1, n), 64, launch.width),
+        out_ptr=out,
+        experts=experts,
+        M=m,
+        N=n,
+        GATHER_A=gather_a,
+        BM=TILE_ROWS,
+        BN=launch.width,
+        BK=BK,
+        STAGES=launch.stages,
+        GROUP_M=launch.group_m,
+        PRODUCER_WARPS=4,
+        CONSUMER_REGS=224,
+        PRODUCER_REGS=56,
+        num_warps=4,
+    )
+    return out
