@@ -608,6 +608,12 @@ class YuanForCausalLM(YuanPreTrainedModel, GenerationMixin):
             router_logits=outputs.router_logits,
         )
 
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As transformers does; without router logits, which generation reads only if asked to."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
+        inputs.setdefault("output_router_logits", False)
+        return inputs
+
     @staticmethod
     def create_masks_for_generate(
         *, attention_mask: torch.Tensor | None = None, **_: Any
