@@ -48,7 +48,7 @@ class XverseConfig(PreTrainedConfig):
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "aux_loss"]
     attribute_map: ClassVar[dict[str, str]] = {"num_experts_per_tok": "moe_top_k"}
 
-    vocab_size: int = 100278
+    vocab_size: int = 100534
     hidden_size: int = 2560
     intermediate_size: int = 1728
     num_hidden_layers: int = 28
