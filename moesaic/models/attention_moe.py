@@ -20,7 +20,7 @@ belong to no expert.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,35 +31,16 @@ from transformers.models.llama.modeling_llama import eager_attention_forward, ro
 
 from moesaic.core.errors import UserError
 from moesaic.kernels.matmul import ALIGNMENT, why_not_grouped
+from moesaic.models.decoder import SoftmaxRouter
 
 
-class SoftmaxRouter(nn.Module):
-    """Chooses top_k experts by a softmax over all; their weights are made to sum to 1."""
+class AttentionRouter(SoftmaxRouter):
+    """Chooses attention experts: softmax over all, the best K, weights that sum to 1."""
 
-    is_moe_router = True
+    routes = "attention"
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_experts: int,
-        top_k: int,
-        *,
-        routes: Literal["mlp", "attention"] = "mlp",
-    ) -> None:
-        super().__init__()
-        self.num_experts, self.top_k, self.routes = num_experts, top_k, routes
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
-
-    def forward(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return logits [T, E], weights [T, K] (float32) and ids [T, K], the best first."""
-        logits_TE = F.linear(x_TD, self.weight)
-        # float32: in bf16, ties among the experts change the choice
-        probs_TE = logits_TE.float().softmax(dim=-1)
-        weights_TK, ids_TK = probs_TE.topk(self.top_k, dim=-1)
-        return logits_TE, weights_TK / weights_TK.sum(dim=-1, keepdim=True), ids_TK
-
-    def extra_repr(self) -> str:
-        return f"experts={self.num_experts}, top_k={self.top_k}"
+    def __init__(self, hidden: int, experts: int, top_k: int) -> None:
+        super().__init__(hidden, experts, top_k, renormalise=True)
 
 
 class AttentionExperts(nn.Module):
@@ -136,6 +117,8 @@ class ExpertCacheLayer(DynamicLayer):
     """
 
     is_croppable = False
+    keys: Any
+    values: Any
 
     def __init__(self) -> None:
         super().__init__()
@@ -225,8 +208,6 @@ class ExpertAttention(nn.Module):
     torch's scaled dot product attention for every other name.
     """
 
-    routes: ClassVar[str] = "attention"
-
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
@@ -235,9 +216,7 @@ class ExpertAttention(nn.Module):
         self.num_key_value_groups: int = config.num_attention_heads // config.attn_experts
         self.scaling: float = self.head_dim**-0.5
         self.is_causal = True
-        self.gate = SoftmaxRouter(
-            config.hidden_size, config.attn_experts, config.top_k_attn, routes="attention"
-        )
+        self.gate = AttentionRouter(config.hidden_size, config.attn_experts, config.top_k_attn)
         self.experts = AttentionExperts(
             config.hidden_size,
             config.attn_experts,
@@ -254,8 +233,8 @@ class ExpertAttention(nn.Module):
         document_BS: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         **_: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the output [B, S, D] and the router's logits [T, E].
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the output [B, S, D], the router's logits [T, E] and the ids [T, K].
 
         `valid_T` (bool) leaves out padding; `document_BS` keeps documents packed into one row from
         seeing each other.
@@ -268,22 +247,19 @@ class ExpertAttention(nn.Module):
             member_TE = member_TE & valid_T[:, None]
             weights_TK = weights_TK * valid_T[:, None]
         packed = pack(member_TE.view(batch, length, -1))
-        if not packed.sizes or packed.longest == 0:
+        if packed.longest == 0:
             y_TD = torch.zeros_like(x_TD)
         else:
             y_ND = self._attend(x_TD, packed, position_embeddings, document_BS, past_key_values)
+            if self.config.scale_factor_attn is not None:
+                weights_TK = weights_TK * self.config.scale_factor_attn
             y_TKD = y_ND[packed.row_TE.gather(1, ids_TK)]
             # float32: several experts adding into one bf16 token lose bits
-            y_TD = (y_TKD * (weights_TK * self.scale_factor)[..., None]).sum(dim=1)
+            y_TD = (y_TKD * weights_TK.float()[..., None]).sum(dim=1)
         if past_key_values is not None:
-            past_key_values.layers[self.layer_idx].seen += length
-        return y_TD.to(hidden_states.dtype).view_as(hidden_states), logits_TE
-
-    @property
-    def scale_factor(self) -> float:
-        """Factor on every expert's output."""
-        scale = self.config.scale_factor_attn
-        return 1.0 if scale is None else float(scale)
+            cached: Any = past_key_values.layers[self.layer_idx]
+            cached.seen += length
+        return y_TD.to(hidden_states.dtype).view_as(hidden_states), logits_TE, ids_TK
 
     def _attend(
         self,
@@ -346,7 +322,7 @@ class ExpertAttention(nn.Module):
     ) -> torch.Tensor | None:
         """Which keys a query sees, [B*E, 1, P, L]; None where plain causal attention says it."""
         window, P = self.config.sliding_window, packed.longest
-        plain = before_BE is None and document_BS is None and (window is None or P <= window)
+        plain = before_BE is None and document_BS is None and (window is None or window >= P)
         if plain and implementation != "eager":
             return None
         key_L = torch.arange(keys, device=like.device)

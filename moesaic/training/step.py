@@ -92,6 +92,8 @@ def build_pass(model: nn.Module) -> Callable[[torch.Tensor], PassOutput]:
             load, importance = _stack(outputs.gate_load), _stack(outputs.gate_importance)
         elif extra:
             balance = outputs.aux_loss * coefficient
+            if (attention := outputs.get("attn_aux_loss")) is not None:  # attention's own routers
+                balance = balance + attention * coefficient
             load, importance = _native_counts(outputs.router_logits, config)
         return PassOutput(cross_entropy, balance, load, importance)
 
@@ -165,9 +167,11 @@ def _native_counts(
         return None, None
     loads, weights = [], []
     for logits_NE in router_logits:
+        if logits_NE is None:  # a dense layer
+            continue
         probs_NE = logits_NE.detach().float().softmax(-1)
         top_NK, ids_NK = probs_NE.topk(config.num_experts_per_tok, dim=-1)
         empty_E = probs_NE.new_zeros(probs_NE.shape[-1])
         loads.append(empty_E.index_add(0, ids_NK.flatten(), torch.ones_like(top_NK.flatten())))
         weights.append(empty_E.index_add(0, ids_NK.flatten(), top_NK.flatten()))
-    return torch.stack(loads), torch.stack(weights)
+    return (torch.stack(loads), torch.stack(weights)) if loads else (None, None)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -26,12 +26,9 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.core_model_loading import ConversionOps, MergeModulelist, WeightConverter
 from transformers.generation import GenerationMixin
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.models.mistral.modeling_mistral import MistralAttention
 from transformers.utils import ModelOutput, can_return_tuple
@@ -39,16 +36,18 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from moesaic.core.errors import UserError, unknown
-from moesaic.models.attention_moe import (
-    AttentionExperts,
-    ExpertAttention,
+from moesaic.models.attention_moe import AttentionExperts, ExpertAttention, prepare_cache
+from moesaic.models.decoder import (
+    Experts,
+    MoEPreTrainedModel,
     SoftmaxRouter,
-    prepare_cache,
+    layer_balance,
+    pooled_balance,
 )
 from moesaic.models.family import Family
+from moesaic.models.llama_moe_v2_layouts import conversion
+from moesaic.models.padding import last_tokens, share_of_step, valid_tokens
 
-DEFAULT_EXPERTS = "moesaic"
-"""The experts implementation unless another is asked for: it takes every expert width."""
 BALANCE_LOSSES = ("switch", "constant-original")
 MARKS = (
     "scale_factor",
@@ -173,11 +172,12 @@ class LlamaMoEV2Config(PreTrainedConfig):
             self._check_attention()
 
     def _check_attention(self) -> None:
-        experts, heads, kv = self.attn_experts, self.num_attention_heads, self.num_key_value_heads
-        if not experts or experts % kv or heads % experts:
+        experts, heads = self.attn_experts or 0, self.num_attention_heads
+        kv = self.num_key_value_heads or heads
+        if experts < 1 or experts % kv or heads % experts:
             raise UserError(
-                f"attn_experts={experts} does not fit {heads} heads and {kv} key/value heads. Give "
-                f"a multiple of {kv} that divides {heads}."
+                f"attn_experts={self.attn_experts} does not fit {heads} heads and {kv} key/value "
+                f"heads. Give a multiple of {kv} that divides {heads}."
             )
         if self.top_k_attn is None:
             raise UserError(f"use_attn_moe is on but top_k_attn is not given. Give 1 to {experts}.")
@@ -225,8 +225,9 @@ def read(config: Mapping[str, Any]) -> dict[str, Any]:
 class LlamaMoEV2ModelOutput(ModelOutput):
     """Output of the model without a head.
 
-    `router_logits` and `attn_router_logits`, when asked for: a tuple over the L layers of [T, E],
-    None for layers without such a router.
+    When router logits are asked for: `router_logits` and `attn_router_logits` are tuples over the L
+    layers of [T, E], None for layers without such a router; `aux_loss` and `attn_aux_loss` are the
+    balance losses of the MLPs' and of the attention's routers (scalars, not yet weighted).
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -235,21 +236,16 @@ class LlamaMoEV2ModelOutput(ModelOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
     router_logits: tuple[torch.Tensor | None, ...] | None = None
     attn_router_logits: tuple[torch.Tensor | None, ...] | None = None
+    aux_loss: torch.Tensor | None = None
+    attn_aux_loss: torch.Tensor | None = None
 
 
 @dataclass
 class LlamaMoEV2CausalLMOutput(LlamaMoEV2ModelOutput):
-    """Output of the language model: logits [B, S, V].
-
-    `aux_loss` and `attn_aux_loss` (scalars, before router_aux_loss_coef) are the balance losses of
-    the MLPs' and the attention's routers, there when router logits are asked for.
-    """
+    """Output of the language model: logits [B, S, V]."""
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
-    aux_loss: torch.Tensor | None = None
-    attn_aux_loss: torch.Tensor | None = None
-    last_hidden_state: torch.Tensor | None = None
 
 
 @dataclass
@@ -264,49 +260,21 @@ class LlamaMoEV2QuestionAnsweringOutput(LlamaMoEV2ModelOutput):
     loss: torch.Tensor | None = None
     start_logits: torch.Tensor | None = None
     end_logits: torch.Tensor | None = None
-    aux_loss: torch.Tensor | None = None
-    attn_aux_loss: torch.Tensor | None = None
 
 
-@use_experts_implementation
-class LlamaMoEV2Experts(nn.Module):
-    """The routed experts of a layer: `gate_up_proj` [E, 2I, D] (gate first), `down_proj` [E, D, I].
+class LlamaMoEV2Experts(Experts):
+    """The routed experts of a layer; `output_bias` [E, D] where `add_rescale_bias` asks for it.
 
-    `output_bias` [E, D], where asked for, belongs to each expert's output and is added by the block
-    with the routing weights, so that every implementation takes these experts.
+    The block adds the biases, with the routing weights, so that every implementation takes these
+    experts.
     """
 
     def __init__(self, config: LlamaMoEV2Config) -> None:
-        super().__init__()
-        self.num_experts = config.num_local_experts
-        self.hidden_dim = config.hidden_size
-        self.intermediate_dim = config.intermediate_size
-        experts, hidden, width = self.num_experts, self.hidden_dim, self.intermediate_dim
-        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
-        self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
+        super().__init__(config, experts=config.num_local_experts, width=config.intermediate_size)
         self.output_bias = (
-            nn.Parameter(torch.empty(experts, hidden)) if config.add_rescale_bias else None
-        )
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """Run the experts one by one ("eager"): x_TD, ids_TK, weights_TK to out_TD."""
-        # float32: two experts adding into one bf16 token lose bits
-        out_TD = torch.zeros_like(hidden_states, dtype=torch.float32)
-        for expert in top_k_index.unique().tolist():
-            token_N, choice_N = torch.where(top_k_index == expert)
-            gate_up = F.linear(hidden_states[token_N], self.gate_up_proj[expert])
-            gate_NI, up_NI = gate_up.chunk(2, dim=-1)
-            y_ND = F.linear(self.act_fn(gate_NI) * up_NI, self.down_proj[expert])
-            weighted_ND = y_ND * top_k_weights[token_N, choice_N, None]
-            out_TD = out_TD.index_add(0, token_N, weighted_ND.float())
-        return out_TD.to(hidden_states.dtype)
-
-    def extra_repr(self) -> str:
-        return (
-            f"experts={self.num_experts}, hidden={self.hidden_dim}, width={self.intermediate_dim}"
+            nn.Parameter(torch.empty(self.num_experts, self.hidden_dim))
+            if config.add_rescale_bias
+            else None
         )
 
 
@@ -332,28 +300,25 @@ class LlamaMoEV2SparseBlock(nn.Module):
         super().__init__()
         self.config = config
         self.gate = SoftmaxRouter(
-            config.hidden_size, config.num_local_experts, config.num_experts_per_tok
+            config.hidden_size,
+            config.num_local_experts,
+            config.num_experts_per_tok,
+            renormalise=True,
         )
         self.experts = LlamaMoEV2Experts(config)
 
-    @property
-    def scale_factor(self) -> float:
-        """Factor on every expert's output."""
-        scale = self.config.scale_factor
-        return 1.0 if scale is None else float(scale)
-
-    def forward(self, x_BSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the output, [B, S, D], and the router's logits, [T, E]."""
-        x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
+    def forward(self, x_BSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the output [B, S, D], the router's logits [T, E] and the ids [T, K]."""
+        x_TD = x_BSD.flatten(0, -2)
         logits_TE, weights_TK, ids_TK = self.gate(x_TD)
-        weights_TK = weights_TK * self.scale_factor
+        if self.config.scale_factor is not None:
+            weights_TK = weights_TK * self.config.scale_factor
         y_TD = self.experts(x_TD, ids_TK, weights_TK)
         bias_ED = self.experts.output_bias
         if bias_ED is not None:
-            share_TE = torch.zeros_like(weights_TK[:, :1]).expand(-1, len(bias_ED))
-            share_TE = share_TE.scatter(1, ids_TK, weights_TK)
-            y_TD = y_TD + share_TE.to(bias_ED.dtype) @ bias_ED
-        return y_TD.view_as(x_BSD), logits_TE
+            share_TE = weights_TK.new_zeros(logits_TE.shape).scatter(1, ids_TK, weights_TK)
+            y_TD = y_TD + share_TE @ bias_ED
+        return y_TD.view_as(x_BSD), logits_TE, ids_TK
 
 
 class LlamaMoEV2DecoderLayer(GradientCheckpointingLayer):
@@ -393,11 +358,13 @@ class LlamaMoEV2DecoderLayer(GradientCheckpointingLayer):
         document_BS: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor | None, ...]:
-        """Return hidden states, the MLP router's logits and the attention router's, or None."""
+        """Return hidden states; logits and ids of the MLP's router and of the attention's, or None.
+
+        One flat tuple, so that both kinds of gradient checkpointing carry the logits' gradients.
+        """
         normed = self.input_layernorm(hidden_states)
-        attn_logits_TE = None
         if isinstance(self.self_attn, ExpertAttention):
-            attended, attn_logits_TE = self.self_attn(
+            attended, *attn_routing = self.self_attn(
                 normed,
                 position_embeddings=position_embeddings,
                 valid_T=valid_T,
@@ -414,58 +381,37 @@ class LlamaMoEV2DecoderLayer(GradientCheckpointingLayer):
                 position_embeddings=position_embeddings,
                 **kwargs,
             )
+            attn_routing = [None, None]
         hidden_states = hidden_states + attended
-        normed, logits_TE = self.post_attention_layernorm(hidden_states), None
-        if self.is_moe:
-            y_BSD, logits_TE = self.block_sparse_moe(normed)
-        else:
-            y_BSD = self.block_sparse_moe(normed)
+        normed = self.post_attention_layernorm(hidden_states)
+        added = self.block_sparse_moe(normed)
+        y_BSD, *routing = added if self.is_moe else (added, None, None)
         if self.mlp_residual is not None:
             y_BSD = y_BSD + self.mlp_residual(normed)
-        return hidden_states + y_BSD, logits_TE, attn_logits_TE
+        return hidden_states + y_BSD, *routing, *attn_routing
 
 
-class LlamaMoEV2PreTrainedModel(PreTrainedModel):
+class LlamaMoEV2PreTrainedModel(MoEPreTrainedModel):
     """Loading and initialisation of every LLaMA-MoE-v2 class."""
 
     config: LlamaMoEV2Config
     config_class = LlamaMoEV2Config
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["LlamaMoEV2DecoderLayer"]
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
     _can_record_outputs: ClassVar[dict[str, Any]] = {
         "hidden_states": LlamaMoEV2DecoderLayer,
         "attentions": MistralAttention,
     }
-    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"rotary_emb\.inv_freq$"]
-
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        # transformers searches the class's source file for the decorator, caching it on a base
-        return True
-
-    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        if requested_experts is None:
-            requested_experts = (
-                DEFAULT_EXPERTS if DEFAULT_EXPERTS in ALL_EXPERTS_FUNCTIONS else "eager"
-            )
-        return super().get_correct_experts_implementation(requested_experts)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, (LlamaMoEV2Experts, AttentionExperts, SoftmaxRouter)):
-            for name, parameter in module.named_parameters(recurse=False):
-                if name == "output_bias":
-                    init.zeros_(parameter)
-                else:
-                    init.normal_(parameter, mean=0.0, std=self.config.initializer_range)
+        if isinstance(module, AttentionExperts):
+            for projection in (module.q_proj, module.k_proj, module.v_proj, module.o_proj):
+                init.normal_(projection, mean=0.0, std=self.config.initializer_range)
         else:
             super()._init_weights(module)
+        bias = getattr(module, "output_bias", None)
+        if isinstance(bias, torch.Tensor):
+            init.zeros_(bias)
 
 
 class LlamaMoEV2Model(LlamaMoEV2PreTrainedModel):
@@ -524,7 +470,7 @@ class LlamaMoEV2Model(LlamaMoEV2PreTrainedModel):
 
         causal_mask, valid_T, document_BS = None, None, None
         if self.config.use_attn_moe:
-            valid_T = _valid_tokens(attention_mask, inputs_embeds)
+            valid_T = valid_tokens(attention_mask, inputs_embeds)
             if attention_mask is not None and valid_T is None:
                 raise UserError(
                     "attention_mask is not [batch, past + sequence] of 0 and 1, the only form that "
@@ -563,27 +509,18 @@ class LlamaMoEV2Model(LlamaMoEV2PreTrainedModel):
                 **kwargs,
             )
             reports.append(report)
-        logits, attn_logits = zip(*reports, strict=True)
+        extra: dict[str, Any] = {}
+        if output_router_logits:
+            logits, ids, attn_logits, attn_ids = zip(*reports, strict=True)
+            counted_T = valid_tokens(attention_mask, inputs_embeds)
+            extra["router_logits"] = logits
+            extra["aux_loss"] = balance_loss(self.config, logits, ids, counted_T)
+            if self.config.use_attn_moe:
+                extra["attn_router_logits"] = attn_logits
+                extra["attn_aux_loss"] = balance_loss(self.config, attn_logits, attn_ids, counted_T)
         return LlamaMoEV2ModelOutput(
-            last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values,
-            router_logits=logits if output_router_logits else None,
-            attn_router_logits=(
-                attn_logits if output_router_logits and self.config.use_attn_moe else None
-            ),
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values, **extra
         )
-
-
-def _valid_tokens(
-    attention_mask: torch.Tensor | None, inputs_embeds: torch.Tensor
-) -> torch.Tensor | None:
-    """Which of the present tokens are not padding: bool [T], or None when nothing says so."""
-    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
-        return None
-    batch, length = inputs_embeds.shape[:2]
-    if attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
-        return None
-    return attention_mask[:, -length:].to(inputs_embeds.device).bool().flatten()
 
 
 def _documents(position_ids: torch.Tensor, batch: int) -> torch.Tensor | None:
@@ -593,79 +530,50 @@ def _documents(position_ids: torch.Tensor, batch: int) -> torch.Tensor | None:
 
 
 def balance_loss(
-    logits: Sequence[torch.Tensor],
-    top_k: int,
+    config: LlamaMoEV2Config,
+    logits: Sequence[torch.Tensor | None],
+    ids: Sequence[torch.Tensor | None],
     valid_T: torch.Tensor | None = None,
-    *,
-    layer_wise: bool = False,
-    rule: Literal["switch", "constant-original"] = "switch",
 ) -> torch.Tensor:
-    """Balance loss (scalar float32) of the routers whose logits [T, E] are given.
+    """Balance loss (scalar float32) of the routers of all layers: logits [T, E], ids [T, K].
 
-    E * sum_e f_e P_e, where f_e is the share of choices that fell on expert e and P_e its mean
-    probability over the tokens of `valid_T` (arXiv 2101.03961, section 2.2); 1 when balanced.
-    f and P are means over layers, or with `layer_wise` the loss is the mean over layers. The rule
-    "constant-original" is what the original program's formula comes to: E / top_k without gradient.
+    E * sum over experts of share of choices * mean probability, over the tokens of `valid_T`; 1
+    when balanced (arXiv 2101.03961, section 2.2). `config.use_layer_wise_balance` takes the mean
+    over layers of each layer's loss, otherwise shares and probabilities are those of all layers
+    together. Under "constant-original" it is what the original's formula comes to, E / K. Layers
+    without a router are None; without any router the loss is 0.
     """
-    experts, device = logits[0].shape[-1], logits[0].device
-    if rule == "constant-original":
-        return torch.tensor(experts / top_k, dtype=torch.float32, device=device)
-    shares, means = [], []
-    for logits_TE in logits:
-        probs_TE = logits_TE.float().softmax(dim=-1)
-        chosen_TE = torch.zeros_like(probs_TE).scatter(1, probs_TE.topk(top_k, dim=-1).indices, 1.0)
-        count: int | torch.Tensor = len(probs_TE)
-        if valid_T is not None:
-            valid_T1 = valid_T.to(probs_TE.device)[:, None]
-            probs_TE, chosen_TE = probs_TE * valid_T1, chosen_TE * valid_T1
-            count = valid_T1.sum().clamp(min=1)
-        shares.append((chosen_TE.sum(dim=0) / (count * top_k)).to(device))
-        means.append((probs_TE.sum(dim=0) / count).to(device))
-    share_LE, mean_LE = torch.stack(shares), torch.stack(means)
-    if not layer_wise:
-        share_LE, mean_LE = share_LE.mean(dim=0), mean_LE.mean(dim=0)
-    return experts * (share_LE * mean_LE).sum(dim=-1).mean()
+    layers = [pair for pair in zip(logits, ids, strict=True) if pair[0] is not None]
+    if not layers:
+        return torch.zeros(())
+    present, chosen = zip(*layers, strict=True)
+    experts, top_k = present[0].shape[-1], chosen[0].shape[-1]
+    if config.balance_loss == "constant-original":
+        return torch.tensor(experts / top_k, dtype=torch.float32, device=present[0].device)
+    if config.use_layer_wise_balance:
+        losses = [layer_balance(*layer, valid_T) for layer in zip(present, chosen, strict=True)]
+        return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
+    return pooled_balance(present, chosen, valid_T) / top_k
 
 
 class _WithHead(LlamaMoEV2PreTrainedModel):
-    """What the classes with a head share: the decoder and the balance losses."""
+    """What the classes with a head share."""
 
-    def _run(
-        self,
-        attention_mask: torch.Tensor | None,
-        input_ids: torch.Tensor | None,
-        **kwargs: Any,
-    ) -> tuple[LlamaMoEV2ModelOutput, dict[str, Any]]:
-        """Return the decoder's output, and what a head passes on of it with the balance losses."""
-        outputs = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs
-        )
-        carried = {key: value for key, value in outputs.items() if key != "last_hidden_state"}
-        config = self.config
-        valid_T = _valid_tokens(attention_mask, outputs.last_hidden_state)
-        for field, logits, top_k in (
-            ("aux_loss", outputs.router_logits, config.num_experts_per_tok),
-            ("attn_aux_loss", outputs.attn_router_logits, config.top_k_attn),
-        ):
-            present = [logits_TE for logits_TE in logits or () if logits_TE is not None]
-            if present:
-                carried[field] = balance_loss(
-                    present,
-                    top_k,
-                    valid_T,
-                    layer_wise=config.use_layer_wise_balance,
-                    rule=config.balance_loss,
-                )
-        return outputs, carried
+    model: LlamaMoEV2Model
 
-    def _add_balance(
+    def _run(self, **kwargs: Any) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Run the decoder: its hidden states [B, S, D] and what a head passes on besides."""
+        carried = dict(self.model(return_dict=True, **kwargs).items())
+        return carried.pop("last_hidden_state"), carried
+
+    def _with_balance(
         self, loss: torch.Tensor, carried: Mapping[str, Any], share: torch.Tensor | float = 1.0
     ) -> torch.Tensor:
         """Add the weighted balance losses, where there are any."""
         for field in ("aux_loss", "attn_aux_loss"):
-            if field in carried:
-                balance = carried[field].to(loss.device)
-                loss = loss + self.config.router_aux_loss_coef * share * balance
+            if carried.get(field) is not None:
+                weighted = self.config.router_aux_loss_coef * share * carried[field]
+                loss = loss + weighted.to(loss.device)
         return loss
 
 
@@ -703,9 +611,9 @@ class LlamaMoEV2ForCausalLM(_WithHead, GenerationMixin):
         both are this call's share of the step's mean. `logits_to_keep`: only the last n positions'
         logits (0: all), or the positions of an index tensor.
         """
-        outputs, carried = self._run(
-            attention_mask,
-            input_ids,
+        hidden, carried = self._run(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
@@ -714,17 +622,14 @@ class LlamaMoEV2ForCausalLM(_WithHead, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        logits = self.lm_head(hidden[:, kept, :])
         loss = None
         if labels is not None:
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
             )
-            share: torch.Tensor | float = 1.0
-            if (items := kwargs.get("num_items_in_batch")) is not None:
-                items = items.to(labels.device) if isinstance(items, torch.Tensor) else items
-                share = ((labels[..., 1:] != -100).sum() / items).to(loss.device)
-            loss = self._add_balance(loss, carried, share)
+            share = share_of_step(labels, kwargs.get("num_items_in_batch"))
+            loss = self._with_balance(loss, carried, share)
         return LlamaMoEV2CausalLMOutput(loss=loss, logits=logits, **carried)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -760,42 +665,22 @@ class LlamaMoEV2ForSequenceClassification(_WithHead):
         (float). The last token is the last 1 of `attention_mask`, else the last id that is not
         `pad_token_id`, else the last position; padding may be on either side.
         """
-        outputs, carried = self._run(
-            attention_mask, input_ids, inputs_embeds=inputs_embeds, **kwargs
+        hidden, carried = self._run(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
         )
-        hidden = outputs.last_hidden_state
-        last_B = self._last_tokens(input_ids, attention_mask, hidden)
+        pad = self.config.pad_token_id
+        last_B = last_tokens(input_ids, attention_mask, hidden, pad_token_id=pad)
         pooled = self.score(hidden[torch.arange(len(hidden), device=hidden.device), last_B])
         loss = None
         if labels is not None:
             loss = self.loss_function(
                 logits=pooled, labels=labels, pooled_logits=pooled, config=self.config
             )
-            loss = self._add_balance(loss, carried)
+            loss = self._with_balance(loss, carried)
         return LlamaMoEV2SequenceClassifierOutput(loss=loss, logits=pooled, **carried)
-
-    def _last_tokens(
-        self,
-        input_ids: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        hidden: torch.Tensor,
-    ) -> torch.Tensor:
-        """Position of each sequence's last token: int64 [B]."""
-        batch, length = hidden.shape[:2]
-        pad = self.config.pad_token_id
-        if attention_mask is not None and attention_mask.dim() == 2:
-            present_BS = attention_mask[:, -length:] != 0
-        elif input_ids is not None and pad is not None:
-            present_BS = input_ids != pad
-        else:
-            if batch > 1 and input_ids is not None:
-                raise UserError(
-                    "A batch of several sequences needs an attention_mask or config.pad_token_id "
-                    "to tell where each one ends."
-                )
-            return torch.full((batch,), length - 1, device=hidden.device)
-        place_S = torch.arange(length, device=hidden.device)
-        return (place_S * present_BS.to(hidden.device)).argmax(dim=-1)
 
 
 class LlamaMoEV2ForQuestionAnswering(_WithHead):
@@ -821,177 +706,18 @@ class LlamaMoEV2ForQuestionAnswering(_WithHead):
         `start_positions`, `end_positions` [B]; a position past the sequence is ignored. The loss
         needs both.
         """
-        outputs, carried = self._run(attention_mask, input_ids, **kwargs)
-        start_BS, end_BS = self.qa_outputs(outputs.last_hidden_state).unbind(dim=-1)
+        hidden, carried = self._run(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        start_BS, end_BS = self.qa_outputs(hidden).unbind(dim=-1)
         loss = None
         if start_positions is not None and end_positions is not None:
             loss = self.loss_function(start_BS, end_BS, start_positions, end_positions, **kwargs)
-            loss = self._add_balance(loss, carried)
+            loss = self._with_balance(loss, carried)
         return LlamaMoEV2QuestionAnsweringOutput(
             loss=loss,
             start_logits=start_BS.contiguous(),
             end_logits=end_BS.contiguous(),
             **carried,
         )
-
-
-class _Read(ConversionOps):
-    """Read one parameter from whichever of its layouts a file has; write it as modulelist.
-
-    The layouts are told apart by the names that are there. `part` says which parameter:
-
-    - gate_up [E, 2I, D] from experts.{e}.w1 and .w3 [I, D]; from mlp.w1 and .v1 [E*I, D]
-      (megablocks); from experts.experts [E, 2I, D], up rows first (scattermoe).
-    - down [E, D, I] from experts.{e}.w2 [D, I]; from mlp.w2 [E*I, D]; from output_experts [E, D, I].
-    - dense: one matrix, which the original's converter names as LLaMA does.
-    """
-
-    def __init__(self, part: Literal["gate_up", "down", "dense"]) -> None:
-        self.part = part
-
-    @torch.no_grad()
-    def convert(  # type: ignore[override]  # as transformers' own operations do
-        self,
-        input_dict: dict[str, Any],
-        source_patterns: list[str],
-        target_patterns: list[str],
-        *,
-        config: Any,
-        **_: Any,
-    ) -> dict[str, torch.Tensor]:
-        """Take {source: [tensor, ...]}; return {target: the parameter}."""
-        given = {key.replace("\\", ""): input_dict.pop(key) for key in list(input_dict)}
-        named = {
-            key.removesuffix(".weight").rpartition("experts.")[2]: v for key, v in given.items()
-        }
-        if self.part == "dense":
-            (whole,) = given.values()
-            return {target_patterns[0]: whole[0]}
-        if self.part == "gate_up":
-            merged = _gate_up(named, config.num_local_experts)
-        else:
-            merged = _down(named, config.num_local_experts)
-        return {target_patterns[0]: merged}
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        return _Write(self.part)
-
-
-def _gate_up(named: dict[str, Any], experts: int) -> torch.Tensor:
-    if "experts" in named:
-        up, gate = named["experts"][0].chunk(2, dim=1)
-        return torch.cat([gate, up], dim=1)
-    if "mlp.w1" in named:
-        halves = (named[name][0].unflatten(0, (experts, -1)) for name in ("mlp.w1", "mlp.v1"))
-        return torch.cat(list(halves), dim=1)
-    gates, ups = named["*.w1"], named["*.w3"]
-    if len(gates) != len(ups):
-        raise ValueError(f"{len(gates)} experts have a w1 and {len(ups)} a w3.")
-    width, hidden = gates[0].shape
-    merged = gates[0].new_empty(len(gates), 2 * width, hidden)
-    for expert in range(len(gates)):
-        merged[expert, :width], merged[expert, width:] = gates[expert], ups[expert]
-        gates[expert] = ups[expert] = None  # freed one by one: never two copies
-    return merged
-
-
-def _down(named: dict[str, Any], experts: int) -> torch.Tensor:
-    if "output_experts" in named:
-        down: torch.Tensor = named["output_experts"][0]
-        return down
-    if "mlp.w2" in named:
-        return named["mlp.w2"][0].unflatten(0, (experts, -1)).transpose(1, 2).contiguous()
-    return torch.stack(named["*.w2"])
-
-
-class _Write(ConversionOps):
-    """Write a parameter under the names of the modulelist layout, whole keys."""
-
-    def __init__(self, part: Literal["gate_up", "down", "dense"]) -> None:
-        self.part = part
-
-    @torch.no_grad()
-    def convert(  # type: ignore[override]  # as transformers' own operations do
-        self,
-        input_dict: dict[str, Any],
-        source_patterns: list[str],
-        target_patterns: list[str],
-        *,
-        full_layer_name: str,
-        **_: Any,
-    ) -> dict[str, torch.Tensor]:
-        """Take {source: [the parameter]}; return {whole key: tensor}."""
-        (tensors,) = input_dict.values()
-        merged = tensors[0] if isinstance(tensors, list) else tensors
-        if self.part == "dense":
-            return {full_layer_name: merged}
-        block = full_layer_name[: full_layer_name.index("experts.")] + "experts."
-        if self.part == "down":
-            return {f"{block}{e}.w2.weight": w.contiguous() for e, w in enumerate(merged)}
-        released = {}
-        for expert, gate_up in enumerate(merged):
-            for name, half in zip(("w1", "w3"), gate_up.chunk(2), strict=True):
-                released[f"{block}{expert}.{name}.weight"] = half.contiguous()
-        return released
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        return _Read(self.part)
-
-
-def conversion() -> list[Any]:
-    """Conversions between the files' tensor names and ours."""
-    mlp, attention = "block_sparse_moe", "self_attn"
-    dense = zip(("w1", "w2", "w3"), ("gate_proj", "down_proj", "up_proj"), strict=True)
-    return [
-        WeightConverter(
-            [
-                f"{mlp}.experts.*.w1.weight",
-                f"{mlp}.experts.*.w3.weight",
-                f"{mlp}.experts.mlp.w1",
-                f"{mlp}.experts.mlp.v1",
-                f"{mlp}.experts.experts.weight",
-            ],
-            f"{mlp}.experts.gate_up_proj",
-            operations=[_Read("gate_up")],
-        ),
-        WeightConverter(
-            [
-                f"{mlp}.experts.*.w2.weight",
-                f"{mlp}.experts.mlp.w2",
-                f"{mlp}.experts.output_experts.weight",
-            ],
-            f"{mlp}.experts.down_proj",
-            operations=[_Read("down")],
-        ),
-        WeightConverter(
-            f"{mlp}.experts.*.w2.bias",
-            f"{mlp}.experts.output_bias",
-            operations=[MergeModulelist(dim=0)],
-        ),
-        *(
-            WeightConverter(
-                f"{attention}.{name}_proj.*.weight",
-                f"{attention}.experts.{name}_proj",
-                operations=[MergeModulelist(dim=0)],
-            )
-            for name in "qkvo"
-        ),
-        WeightConverter(
-            f"{attention}.o_proj.*.bias",
-            f"{attention}.experts.output_bias",
-            operations=[MergeModulelist(dim=0)],
-        ),
-        *(
-            WeightConverter(
-                [f"{mlp}.{ours}.weight", f"mlp.{llama}.weight"],
-                f"{mlp}.{ours}.weight",
-                operations=[_Read("dense")],
-            )
-            for ours, llama in dense
-        ),
-    ]
 
 
 FAMILY = Family(
