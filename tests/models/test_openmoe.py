@@ -136,6 +136,19 @@ def test_experts_are_the_dense_mlp():
     torch.testing.assert_close(out, wanted)
 
 
+@pytest.mark.parametrize("width", [1, 13])
+def test_widths_that_divide_nothing(width):
+    """Where the grouped matmul refuses a width, "moesaic" finds another way by itself."""
+    model = build(intermediate_size=width, hidden_size=30)
+    ids = torch.randint(3, 96, (2, 5), generator=torch.Generator().manual_seed(0))
+    found = []
+    for implementation in ("eager", "moesaic"):
+        model.set_experts_implementation(implementation)
+        loss = model(ids, labels=ids, output_router_logits=True).loss
+        found.append((loss, torch.autograd.grad(loss, list(model.parameters()))))
+    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-4)
+
+
 def test_any_chunks_through_the_cache():
     """Keys turn by their place, however the tokens came there, and whatever `position_ids` say."""
     model = build(**ROOMY)

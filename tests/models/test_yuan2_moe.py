@@ -254,6 +254,9 @@ def test_wrong_inputs():
         model(ids, attention_mask=torch.ones(2, 1, 14, 14))
     with pytest.raises(UserError, match="config=model"):
         model(ids, past_key_values=DynamicCache())
+    cache = model(ids, use_cache=True).past_key_values
+    with pytest.raises(UserError, match="1 columns for 1 tokens after 14"):
+        model(ids[:, :1], attention_mask=torch.ones(2, 1), past_key_values=cache)
     with pytest.raises(UserError, match="exactly one"):
         model()
 

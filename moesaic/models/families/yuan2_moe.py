@@ -470,6 +470,11 @@ class YuanModel(YuanPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         length, device = inputs_embeds.shape[1], inputs_embeds.device
         seen = _seen(past_key_values)
+        if attention_mask is not None and attention_mask.shape[1] != seen + length:
+            raise UserError(
+                f"attention_mask has {attention_mask.shape[1]} columns for {length} tokens after "
+                f"{seen} in the cache. Give one column for each of the {seen + length}."
+            )
         real_BS = None if attention_mask is None else attention_mask.to(device).bool()
         if position_ids is None and real_BS is not None:
             position_ids = (real_BS.cumsum(dim=-1) - 1).clamp_min(0)[:, -length:]
