@@ -104,7 +104,7 @@ def anatomy(model: PreTrainedModel | PreTrainedConfig | str | Path) -> Anatomy:
     experts are found whose number per token is nowhere to be read.
     """
     if isinstance(model, (str, Path)):
-        return anatomy_of(find(model))
+        return anatomy_of(find(model, config_only=True))
     if isinstance(model, PreTrainedConfig):
         model = on_meta(model)
     stacks = _stacks(model)

@@ -1,12 +1,13 @@
 """Which model a name means (directory, hub id or alias) and what its config.json says it is.
 
 A model_type alone misleads (LLaMA-MoE-v2 calls itself mixtral, MiniCPM has none), so the whole
-config is looked at before any class is chosen, and a family that would load but compute something
-other than its original is refused with the reason.
+config is looked at before any class is chosen: our own families recognise their files, and
+transformers' classes that compute something other than the original are corrected (`overrides`).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -20,14 +21,6 @@ from moesaic.models.families import recognise
 from moesaic.models.overrides import Override, overrides_of
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token", "subfolder")
-_LLAMA_MOE_V2 = (  # fields of the second LLaMA-MoE, whose released configs say "mixtral"
-    "scale_factor",
-    "moe_type",
-    "num_moe_contract_layers",
-    "use_attn_moe",
-    "intermediate_size_residual",
-    "add_rescale_bias",
-)
 
 
 class Entry(Config):
@@ -37,14 +30,26 @@ class Entry(Config):
     """Hub id; None where it is not public."""
     family: str
     """The family's model_type in moesaic."""
-    loads: bool
-    """Whether this version loads it."""
-    by: str | None = None
-    """Whose class computes it: moesaic or transformers."""
+    total: float
+    """Parameters in billions, as published."""
+    active: float
+    """Parameters a token visits, in billions."""
+    config: dict[str, Any]
+    """The values of config.json that decide what is built."""
     note: str = ""
-    """Why it does not load, or what differs from the original."""
     also: tuple[str, ...] = ()
     """Further aliases."""
+
+    @property
+    def status(self) -> str:
+        """Whether and by whose class this version loads it."""
+        reason = refusal(self.config)
+        if reason is not None:
+            return f"not loaded: {reason}"
+        if recognise(self.config) is not None:
+            return "moesaic's class"
+        corrections = [override.summary for override in overrides_of(self.config).values()]
+        return "; ".join(["transformers' class", *corrections])
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,9 @@ class Source:
     directory: Path | None
     """The directory, when it is local."""
     config: dict[str, Any]
-    """config.json as it is."""
+    """config.json as it is, or what the catalog holds of it."""
+    catalogued: bool = False
+    """Whether `config` is the catalog's: the published file was not downloaded."""
 
     @cached_property
     def overrides(self) -> dict[str, Override]:
@@ -85,12 +92,13 @@ def catalog() -> dict[str, Entry]:
     return {alias: parse(Entry, row, source=str(path)) for alias, row in read_yaml(path).items()}
 
 
-def find(model: str | Path, **options: Any) -> Source:
+def find(model: str | Path, *, config_only: bool = False, **options: Any) -> Source:
     """Find a model and read its config.json.
 
     An existing directory wins over an alias, an alias over a hub id. A Path is never looked for on
     the hub. `options` are those of `from_pretrained`; the hub's are used (revision, token,
-    local_files_only, ...).
+    local_files_only, ...). With `config_only` no weights are wanted: a model of the catalog whose
+    config.json was not downloaded is described by the catalog, without the network.
 
     Raises:
         UserError: nothing of that name, a directory without a readable config.json, or a hub id
@@ -101,6 +109,9 @@ def find(model: str | Path, **options: Any) -> Source:
     if path.exists():
         path = path / str(options.get("subfolder") or "")
         return Source(name, str(path), path, _read_config(path))
+    entry = _entry(model) if config_only else None
+    if entry is not None:
+        return _from_catalog(name, entry, options)
     hub = _hub_id(model)
     if hub is None:
         raise UserError(
@@ -117,20 +128,22 @@ def refusal(config: Mapping[str, Any]) -> str | None:
     """Say why this version does not load a model with this config.json, or return None."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    if recognise(config) is not None:
-        return None
     model_type = config.get("model_type")
-    if not model_type:
-        classes = ", ".join(config.get("architectures") or ()) or "no architecture"
-        return f"config.json names no model_type (and {classes})"
-    if model_type == "mixtral" and (marks := [key for key in _LLAMA_MOE_V2 if key in config]):
-        return (
-            f"it is a LLaMA-MoE-v2 (config.json has {marks[0]}) that calls itself mixtral; loaded "
-            "as one it would compute something else"
+    if recognise(config) is not None or model_type in CONFIG_MAPPING:
+        return None
+    named = ", ".join(config.get("architectures") or ()) or "no architecture"
+    what = (
+        f"model_type '{model_type}' ({named}) is known neither to moesaic nor to transformers"
+        if model_type
+        else f"config.json names no model_type (and {named})"
+    )
+    if config.get("auto_map"):
+        file = re.sub(r"\W+", "_", str(model_type or named).lower()).strip("_")
+        what += (
+            ". Its own code (auto_map in config.json) is never run: write "
+            f"moesaic/models/families/{file}.py, as docs/add-a-family.md shows"
         )
-    if model_type not in CONFIG_MAPPING:
-        return f"model_type '{model_type}' is known neither to moesaic nor to transformers"
-    return None
+    return what
 
 
 def aliases() -> dict[str, Entry]:
@@ -139,6 +152,22 @@ def aliases() -> dict[str, Entry]:
     for entry in catalog().values():
         found |= dict.fromkeys(entry.also, entry)
     return found
+
+
+def _entry(model: str | Path) -> Entry | None:
+    """The catalog's entry of an alias or hub id."""
+    by_hub = {entry.hub: entry for entry in catalog().values() if entry.hub}
+    return aliases().get(str(model)) or by_hub.get(str(model))
+
+
+def _from_catalog(name: str, entry: Entry, options: Mapping[str, Any]) -> Source:
+    if entry.hub is not None:
+        try:
+            here = {**options, "local_files_only": True}
+            return Source(name, entry.hub, None, _fetch_config(name, entry.hub, here))
+        except UserError:
+            pass  # not downloaded
+    return Source(name, entry.hub or name, None, dict(entry.config), catalogued=True)
 
 
 def _hub_id(model: str | Path) -> str | None:

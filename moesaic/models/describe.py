@@ -29,7 +29,8 @@ class Description:
 
     `refused` says why this version does not load it (then `anatomy` is None), `corrected`
     what transformers' class gets wrong and `moesaic.load` puts right; `weights` is None where only
-    config.json is there.
+    config.json is there; `catalogued` says that `config` is what moesaic knows of a published file
+    that was not downloaded.
     """
 
     model: str
@@ -43,6 +44,7 @@ class Description:
     anatomy: Anatomy | None
     weights: Weights | None
     config: dict[str, Any]
+    catalogued: bool
     lineage: dict[str, Any] | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -51,11 +53,11 @@ class Description:
 
 
 def describe(model: str | Path) -> Description:
-    """Describe a directory, or a hub id or alias whose config.json was downloaded before.
+    """Describe a directory, an alias, or a hub id whose config.json was downloaded before.
 
     Raises UserError when nothing of that name is there and when a file is damaged.
     """
-    source = find(model, local_files_only=True)
+    source = find(model, config_only=True, local_files_only=True)
     config, directory = source.config, source.directory
     refused = refusal(config)
     weights = None
@@ -80,6 +82,7 @@ def describe(model: str | Path) -> Description:
         anatomy=built,
         weights=weights,
         config=config,
+        catalogued=source.catalogued,
         lineage=read_lineage(directory) if directory is not None else None,
     )
 

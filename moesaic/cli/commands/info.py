@@ -20,9 +20,9 @@ def command(
 ) -> None:
     """Show what a model is: family, experts, total and active parameters, dtype, size, lineage.
 
-    Nothing is loaded: config.json is enough, weight files are looked at where they are there. A
-    hub id or alias works once its config.json was downloaded. --json holds the whole config and
-    every routed layer.
+    Nothing is loaded: config.json is enough, weight files are looked at where they are there. An
+    alias works without the network, another hub id once its config.json was downloaded. --json
+    holds the whole config and every routed layer.
 
     Example: `moesaic info runs/moe`
     """
@@ -49,7 +49,9 @@ def _render(found: Description) -> None:
     for name, value in _anatomy_rows(found):
         table.add_row(name, value)
     table.add_row("dtype", found.dtype or "not stated")
-    if found.weights is None:
+    if found.catalogued:
+        table.add_row("weights", "not downloaded; the sizes are those of moesaic's catalog")
+    elif found.weights is None:
         table.add_row("weights", "none here, config.json only")
     else:
         files = f"{found.weights.files} file{'s' if found.weights.files > 1 else ''}"

@@ -71,9 +71,8 @@ def _models() -> dict[str, str]:
     from moesaic.models.catalog import catalog
 
     return {
-        alias: f"{entry.hub or 'no public hub id'} ({entry.family})"
-        + ("" if entry.loads else ", not loaded")
-        + (f": {entry.note}" if entry.note else "")
+        alias: f"{entry.hub or entry.note} ({entry.family}), {entry.total:g} B parameters, "
+        f"{entry.active:g} B active; {entry.status}"
         for alias, entry in catalog().items()
     }
 
