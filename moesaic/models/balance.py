@@ -1,6 +1,7 @@
-"""Losses on router logits that several families share, and which tokens they count.
+"""Losses on router logits that several families share.
 
 logits_TE   router logits of one layer: T = batch x sequence tokens, E experts
+ids_TK      the K experts really chosen for each
 valid_T     bool, which tokens count (not padding); None: all
 """
 
@@ -9,6 +10,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+
+from moesaic.models.padding import share_of_step, valid_tokens
+
+__all__ = [
+    "balance_loss",
+    "layer_balance",
+    "pooled_balance",
+    "router_z_loss",
+    "share_of_step",
+    "sum_losses",
+    "valid_tokens",
+]
 
 
 def balance_loss(
@@ -38,28 +51,59 @@ def router_z_loss(
     return _mean_over_layers([_mean(square_T, valid_T) for square_T in squares])
 
 
-def valid_tokens(
-    attention_mask: torch.Tensor | None, hidden_states: torch.Tensor
-) -> torch.Tensor | None:
-    """Which tokens of hidden_states [B, S, D] are not padding: bool [B*S], or None for all.
+def pooled_balance(
+    logits: Sequence[torch.Tensor], ids: Sequence[torch.Tensor], valid_T: torch.Tensor | None
+) -> torch.Tensor:
+    """Return E * sum_e f_e p_e over the rows of all layers together (Switch, section 2.2).
 
-    `attention_mask` [B, past + S]; one of another form (prepared, 4-D) says nothing here.
+    f_e: choices of expert e per row (K in all), p_e: mean probability; both without padding. K for
+    perfect balance. As transformers' `load_balancing_loss_func`, but of the experts really chosen.
     """
-    if attention_mask is None or attention_mask.dim() != 2:
-        return None
-    return attention_mask[:, -hidden_states.shape[1] :].bool().flatten()
+    totals = [_totals(*layer, valid_T, groups=1) for layer in zip(logits, ids, strict=True)]
+    load_E, sums_E, rows = (
+        torch.stack([total[0].to(logits[0].device) for total in kind]).sum(0)
+        for kind in zip(*totals, strict=True)
+    )
+    return load_E.shape[0] * ((load_E / rows) * (sums_E / rows)).sum()
 
 
-def share_of_step(labels: torch.Tensor, items: int | torch.Tensor | None) -> torch.Tensor | float:
-    """Share of these labels in an optimizer step's `items` targets; 1 where it is not known.
+def layer_balance(
+    logits_TE: torch.Tensor,
+    ids_TK: torch.Tensor,
+    valid_T: torch.Tensor | None,
+    *,
+    groups: int = 1,
+) -> torch.Tensor:
+    """Return E * sum_e f_e p_e of one layer, the mean over `groups` equal parts of the rows.
 
-    A routing loss weighted by it does not grow with the number of micro-batches.
+    f_e: share of the choices that went to expert e, p_e: mean probability; both without padding. 1
+    for perfect balance. With one group a sequence it is DeepSeek's sequence-wise loss.
     """
-    if items is None:
-        return 1.0
-    if isinstance(items, torch.Tensor):
-        items = items.to(labels.device)
-    return (labels[..., 1:] != -100).sum() / items
+    load_GE, sums_GE, count_G1 = _totals(logits_TE, ids_TK, valid_T, groups=groups)
+    count_G1 = count_G1.clamp_min(1)  # a sequence of padding alone adds nothing
+    share_GE = load_GE / (count_G1 * ids_TK.shape[-1])
+    return load_GE.shape[1] * (share_GE * (sums_GE / count_G1)).sum(-1).mean()
+
+
+def _totals(
+    logits_TE: torch.Tensor, ids_TK: torch.Tensor, valid_T: torch.Tensor | None, *, groups: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Choices and summed probabilities [G, E], and rows [G, 1], of G groups of rows."""
+    probs_TE = logits_TE.softmax(-1, dtype=torch.float32)
+    chosen_TE = torch.zeros_like(probs_TE).scatter(1, ids_TK, 1.0)
+    counted_T1 = probs_TE.new_ones(len(probs_TE), 1)
+    if valid_T is not None:
+        counted_T1 = valid_T.to(probs_TE)[:, None]
+    load_GE, sums_GE, count_G1 = (
+        (x * counted_T1).view(groups, -1, x.shape[1]).sum(1)
+        for x in (chosen_TE, probs_TE, torch.ones_like(counted_T1))
+    )
+    return load_GE, sums_GE, count_G1
+
+
+def sum_losses(losses: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Sum scalars that may lie on several devices."""
+    return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
 
 
 def _mean(values: torch.Tensor, valid_T: torch.Tensor | None) -> torch.Tensor:

@@ -41,6 +41,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from moesaic.core.errors import UserError
+from moesaic.models.balance import layer_balance, pooled_balance, sum_losses
 from moesaic.models.padding import share_of_step, valid_tokens
 
 DEFAULT_EXPERTS = "moesaic"
@@ -361,14 +362,15 @@ class MoEDecoder(MoEPreTrainedModel):
             "past_key_values": past_key_values,
             "position_embeddings": self.rotary_emb(hidden_states, position_ids=position_ids),
         }
+        wanted = output_router_logits or (self.training and self.balance_in_training)
         logits, ids = [], []
         for layer in self.layers:
             hidden_states, logits_TE, ids_TK = layer(hidden_states, **given, **kwargs)
-            if logits_TE is not None:
+            if wanted and logits_TE is not None:
                 logits.append(logits_TE)
                 ids.append(ids_TK)
         aux_loss = None
-        if logits and (output_router_logits or (self.training and self.balance_in_training)):
+        if logits:
             valid_T = valid_tokens(attention_mask, inputs_embeds)
             aux_loss = self.balance_loss(logits, ids, valid_T, inputs_embeds.shape[0])
         return MoEDecoderOutput(
@@ -386,7 +388,7 @@ class MoEDecoder(MoEPreTrainedModel):
         """What gives cos and sin of positions."""
         return LlamaRotaryEmbedding(config=config)
 
-    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def embed(self, input_ids: torch.Tensor | None) -> torch.Tensor:
         """Embeddings [B, S, D] of ids [B, S]."""
         embedded: torch.Tensor = self.embed_tokens(input_ids)
         return embedded
@@ -473,6 +475,12 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             router_logits=outputs.router_logits,
         )
 
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As transformers does; without router logits, which generation reads only if asked to."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
+        inputs.setdefault("output_router_logits", False)
+        return inputs
+
     def make_head(self, config: Any) -> nn.Linear:
         """The output projection."""
         return nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -495,64 +503,3 @@ def weighted_balance(
     if aux_loss is None or (decoder.balance_in_training and not decoder.training):
         return torch.zeros(())
     return aux_loss * decoder.config.router_aux_loss_coef * share
-
-
-def pooled_balance(
-    logits: Sequence[torch.Tensor], ids: Sequence[torch.Tensor], valid_T: torch.Tensor | None
-) -> torch.Tensor:
-    """Return E * sum_e f_e p_e over the rows of all layers together (Switch, section 2.2).
-
-    f_e: choices of expert e per row (K in all), p_e: mean probability; both without padding. K for
-    perfect balance. As transformers' `load_balancing_loss_func`, but of the experts really chosen.
-    """
-    device = logits[0].device
-    load_E, prob_E, rows = None, None, None
-    for logits_TE, ids_TK in zip(logits, ids, strict=True):
-        load_GE, sums_GE, count_G = _totals(logits_TE, ids_TK, valid_T, groups=1)
-        new = (load_GE[0].to(device), sums_GE[0].to(device), count_G[0].to(device))
-        if load_E is None:
-            load_E, prob_E, rows = new
-        else:
-            load_E, prob_E, rows = load_E + new[0], prob_E + new[1], rows + new[2]
-    assert load_E is not None
-    return len(load_E) * ((load_E / rows) * (prob_E / rows)).sum()
-
-
-def layer_balance(
-    logits_TE: torch.Tensor,
-    ids_TK: torch.Tensor,
-    valid_T: torch.Tensor | None,
-    *,
-    groups: int = 1,
-) -> torch.Tensor:
-    """Return E * sum_e f_e p_e of one layer, the mean over `groups` equal parts of the rows.
-
-    f_e: share of the choices that went to expert e, p_e: mean probability; both without padding. 1
-    for perfect balance. With one group a sequence it is DeepSeek's sequence-wise loss.
-    """
-    load_GE, sums_GE, count_G = _totals(logits_TE, ids_TK, valid_T, groups=groups)
-    count_G1 = count_G[:, None].clamp_min(1)  # a sequence of padding alone adds nothing
-    share_GE = load_GE / (count_G1 * ids_TK.shape[-1])
-    return load_GE.shape[1] * (share_GE * (sums_GE / count_G1)).sum(-1).mean()
-
-
-def _totals(
-    logits_TE: torch.Tensor, ids_TK: torch.Tensor, valid_T: torch.Tensor | None, *, groups: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Choices and summed probabilities [G, E], and rows [G], of G groups of rows."""
-    probs_TE = logits_TE.softmax(-1, dtype=torch.float32)
-    experts, top_k = logits_TE.shape[-1], ids_TK.shape[-1]
-    counted_T = probs_TE.new_ones(len(probs_TE))
-    if valid_T is not None:
-        counted_T = valid_T.to(probs_TE.device, probs_TE.dtype)
-        probs_TE = probs_TE * counted_T[:, None]
-    counted_GS = counted_T.view(groups, -1)
-    load_GE = probs_TE.new_zeros(groups, experts).scatter_add(
-        1, ids_TK.reshape(groups, -1), counted_GS.repeat_interleave(top_k, dim=1)
-    )
-    return load_GE, probs_TE.view(groups, -1, experts).sum(1), counted_GS.sum(1)
-
-
-def sum_losses(losses: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Sum scalars that may lie on several devices."""
-    return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()

@@ -7,9 +7,10 @@ import torch
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from moesaic.core.errors import UserError
-from moesaic.models.decoder import layer_balance, pooled_balance
+from moesaic.models.balance import layer_balance, pooled_balance
 from moesaic.models.families.deepseek_moe import DeepseekConfig, DeepseekForCausalLM
 from moesaic.models.families.xverse_moe import XverseConfig, XverseForCausalLM
+from moesaic.training.step import build_pass, set_balance_coefficient
 
 SMALL = {
     "vocab_size": 96,
@@ -173,3 +174,33 @@ def test_sizes_that_do_not_fit(config, fields, message):
 def test_ids_or_embeddings():
     with pytest.raises(UserError, match="exactly one"):
         xverse()()
+
+
+@pytest.mark.parametrize("build", [deepseek, xverse])
+def test_training_loop_weighs_the_balance_loss(build):
+    """`moesaic train` finds the coefficient under the family's own name, and can set it."""
+    model, ids = build(), torch.randint(3, 96, (2, 9))
+    assert set_balance_coefficient(model, None) == {deepseek: 0.5, xverse: 0.01}[build]
+    assert set_balance_coefficient(model, 0.25) == 0.25
+    found = build_pass(model)(ids)
+    wanted = model(ids, output_router_logits=True)
+    torch.testing.assert_close(found.balance, 0.25 * wanted.aux_loss)
+    assert found.load_LE.shape == (2, 8)
+    torch.testing.assert_close(
+        model(ids, labels=ids, output_router_logits=True).loss,
+        found.cross_entropy / 16 + 0.25 * wanted.aux_loss,
+    )
+
+
+@pytest.mark.parametrize("build", [deepseek, xverse])
+def test_hidden_states_attentions_and_embeddings(build):
+    model, ids = build().eval(), torch.randint(3, 96, (2, 9))
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        out = model(ids, output_hidden_states=True, output_attentions=True)
+        assert [h.shape for h in out.hidden_states] == [(2, 9, 32)] * 3
+        assert [a.shape for a in out.attentions] == [(2, 4, 9, 9)] * 2
+        again = model(inputs_embeds=model.get_input_embeddings()(ids), logits_to_keep=2)
+    torch.testing.assert_close(again.logits, out.logits[:, -2:])
+    assert out.router_logits is None
+    assert out.aux_loss is None

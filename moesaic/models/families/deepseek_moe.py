@@ -17,6 +17,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm
 
 from moesaic.core.errors import UserError, unknown
+from moesaic.models.balance import layer_balance, sum_losses
 from moesaic.models.decoder import (
     DenseMLP,
     Experts,
@@ -26,8 +27,6 @@ from moesaic.models.decoder import (
     MoEForCausalLM,
     MoEPreTrainedModel,
     SoftmaxRouter,
-    layer_balance,
-    sum_losses,
 )
 from moesaic.models.family import Family
 from moesaic.models.layouts import qwen_layout

@@ -119,7 +119,7 @@ class MiniCPMRotaryEmbedding(LlamaRotaryEmbedding):
 class MiniCPMAttention(LlamaAttention):
     """LLaMA's attention with queries and keys rotated in float32."""
 
-    def forward(
+    def forward(  # type: ignore[override]  # its keyword arguments are a TypedDict
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
@@ -194,7 +194,7 @@ class MiniCPMModel(MiniCPMPreTrainedModel, MoEDecoder):
         """The rotary embedding in float32."""
         return MiniCPMRotaryEmbedding(config=config)
 
-    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def embed(self, input_ids: torch.Tensor | None) -> torch.Tensor:
         """Embeddings [B, S, D] of ids [B, S], scaled."""
         return super().embed(input_ids) * self.config.scale_emb
 
