@@ -354,7 +354,8 @@ def _by_expert(rows_NP: torch.Tensor, weight_EQP: torch.Tensor, packed: _Packed)
     """Multiply the rows of each expert by its matrix: [N, Q]."""
     device = rows_NP.device
     refused = (
-        torch.is_autocast_enabled(device.type)
+        torch.compiler.is_compiling()  # a traced tensor has no address
+        or torch.is_autocast_enabled(device.type)
         or rows_NP.dtype != weight_EQP.dtype
         or weight_EQP.data_ptr() % ALIGNMENT
         or why_not_grouped(rows_NP.dtype, device, tuple(weight_EQP.shape[1:])) is not None

@@ -494,7 +494,7 @@ def test_documents_packed_into_a_row_do_not_see_each_other(fields):
     model, tokens = tiny(fields()), ids(1, 12)
     positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]])
     with torch.no_grad():
-        packed = model(tokens, position_ids=positions, use_cache=False).logits
+        packed = model(tokens, position_ids=positions).logits
         first, second = (model(part).logits for part in (tokens[:, :5], tokens[:, 5:]))
     torch.testing.assert_close(packed, torch.cat([first, second], 1), atol=1e-5, rtol=1e-5)
 
@@ -550,6 +550,25 @@ def test_attention_routers_have_a_balance_loss_that_training_uses():
     torch.testing.assert_close(in_training, 0.1 * (out.aux_loss + out.attn_aux_loss))
     dense_ends = tiny(attention_config(num_hidden_layers=3, num_moe_contract_layers=1))
     assert len(build_pass(dense_ends)(ids()).load_LE) == 1
+
+
+def test_a_step_moves_the_attention_experts_that_got_a_token():
+    model = tiny(attention_config(attn_experts=8, top_k_attn=1, num_hidden_layers=1)).train()
+    tokens = ids(1, 5)
+    attention = model.model.layers[0].self_attn
+    before = {name: p.detach().clone() for name, p in attention.named_parameters()}
+    out = model(tokens, labels=tokens, output_router_logits=True)
+    out.loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    chosen = out.attn_router_logits[0].argmax(-1).tolist()
+    for name, parameter in attention.named_parameters():
+        moved = (parameter.detach() - before[name]).flatten(1).abs().amax(1).nonzero().flatten()
+        if name == "gate.weight":
+            assert len(moved) == 8
+        elif name in ("experts.v_proj", "experts.o_proj"):
+            assert set(moved.tolist()) == set(chosen)
+        else:  # a query that sees one key alone says nothing about either
+            assert {e for e in chosen if chosen.count(e) > 1} <= set(moved.tolist()) <= set(chosen)
 
 
 def test_balance_loss_does_not_grow_with_micro_batches():

@@ -35,6 +35,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from moesaic.core.console import note
 from moesaic.core.errors import UserError, unknown
 from moesaic.models.attention_moe import AttentionExperts, ExpertAttention, prepare_cache
 from moesaic.models.decoder import (
@@ -419,6 +420,9 @@ class LlamaMoEV2Model(LlamaMoEV2PreTrainedModel):
 
     def __init__(self, config: LlamaMoEV2Config) -> None:
         super().__init__(config)
+        asked = config._attn_implementation
+        if config.use_attn_moe and asked not in (None, "eager", "sdpa"):
+            note(f"attention experts run on sdpa, not {asked}: each has tokens of its own.")
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
@@ -448,7 +452,7 @@ class LlamaMoEV2Model(LlamaMoEV2PreTrainedModel):
 
         Give `input_ids` [B, S] or `inputs_embeds` [B, S, D], not both. `attention_mask` [B, past +
         S]: 1 for tokens, 0 for padding on either side (attention experts take no other form).
-        `position_ids` [B, S]; without a mask and cache, a step other than 1 begins a new document
+        `position_ids` [B, S]; without a mask and past, a step other than 1 begins a new document
         that does not see those before it. Also takes `output_hidden_states`, `output_attentions`
         (not of attention experts), `return_dict`.
         """
@@ -456,56 +460,33 @@ class LlamaMoEV2Model(LlamaMoEV2PreTrainedModel):
             raise UserError("Give exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if self.config.use_attn_moe and (use_cache or past_key_values is not None):
+        if self.config.use_attn_moe and past_key_values is not None:
             past_key_values = prepare_cache(past_key_values, self.config.num_hidden_layers)
-        elif use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        given_positions = position_ids
+        masks = self._masks(inputs_embeds, attention_mask, position_ids, past_key_values)
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
             position_ids = position_ids.unsqueeze(0)
+        if use_cache and past_key_values is None:
+            past_key_values = (
+                prepare_cache(None, self.config.num_hidden_layers)
+                if self.config.use_attn_moe
+                else DynamicCache(config=self.config)
+            )
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
 
-        causal_mask, valid_T, document_BS = None, None, None
-        if self.config.use_attn_moe:
-            valid_T = valid_tokens(attention_mask, inputs_embeds)
-            if attention_mask is not None and valid_T is None:
-                raise UserError(
-                    "attention_mask is not [batch, past + sequence] of 0 and 1, the only form that "
-                    "attention experts take: each has a mask of its own."
-                )
-            if given_positions is not None and attention_mask is None and past_key_values is None:
-                document_BS = _documents(given_positions, len(inputs_embeds))
-        else:
-            make_mask = (
-                create_causal_mask
-                if self.config.sliding_window is None
-                else create_sliding_window_causal_mask
-            )
-            causal_mask = make_mask(
-                config=self.config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                # Only positions of the caller's can mark packed sequences; looking for those in
-                # ours would make a GPU wait.
-                position_ids=given_positions,
-            )
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         reports = []
         for layer in self.layers:
             hidden_states, *report = layer(
                 hidden_states,
-                attention_mask=causal_mask,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
-                valid_T=valid_T,
-                document_BS=document_BS,
+                **masks,
                 **kwargs,
             )
             reports.append(report)
@@ -521,6 +502,44 @@ class LlamaMoEV2Model(LlamaMoEV2PreTrainedModel):
         return LlamaMoEV2ModelOutput(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values, **extra
         )
+
+    def _masks(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        past_key_values: Cache | None,
+    ) -> dict[str, Any]:
+        """What tells a layer which tokens see which, from the caller's arguments.
+
+        Only positions of the caller's can mark packed documents; looking for those in ours would
+        make a GPU wait.
+        """
+        if self.config.use_attn_moe:
+            valid_T = valid_tokens(attention_mask, inputs_embeds)
+            if attention_mask is not None and valid_T is None:
+                raise UserError(
+                    "attention_mask is not [batch, past + sequence] of 0 and 1, the only form that "
+                    "attention experts take: each has a mask of its own."
+                )
+            document_BS = None
+            if position_ids is not None and attention_mask is None and past_key_values is None:
+                document_BS = _documents(position_ids, len(inputs_embeds))
+            return {"valid_T": valid_T, "document_BS": document_BS}
+        make_mask = (
+            create_causal_mask
+            if self.config.sliding_window is None
+            else create_sliding_window_causal_mask
+        )
+        return {
+            "attention_mask": make_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+        }
 
 
 def _documents(position_ids: torch.Tensor, batch: int) -> torch.Tensor | None:
