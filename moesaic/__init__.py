@@ -18,16 +18,20 @@ _PUBLIC = {
     "init": "moesaic.construct.scratch",
     "train": "moesaic.training.loop",
     "generate": "moesaic.generation",
+    "record": "moesaic.routing.record",
     "recording": "moesaic.routing.recording",
+    "Trace": "moesaic.routing.trace",
 }
 
 __all__ = [
+    "Trace",
     "__version__",
     "anatomy",
     "convert",
     "generate",
     "init",
     "load",
+    "record",
     "recording",
     "split",
     "train",
@@ -40,7 +44,9 @@ if TYPE_CHECKING:
     from moesaic.generation import generate
     from moesaic.models.anatomy import anatomy
     from moesaic.models.load import load
+    from moesaic.routing.record import record
     from moesaic.routing.recording import recording
+    from moesaic.routing.trace import Trace
     from moesaic.training.loop import train
 
 

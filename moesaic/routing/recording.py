@@ -76,14 +76,26 @@ class Routes:
             borders.append(borders[-1] + call.rows)
         return borders
 
+    def drain(self) -> dict[int, Choice]:
+        """Return what was recorded since the last `drain`, by layer, and forget it.
+
+        Nothing is moved: tensors stay on the devices where they were made. The routes of one stack
+        (a decoder's feed-forward and attention routers) are forgotten together.
+        """
+        calls = self._stream.take()
+        return {
+            layer: choices[0] if len(choices) == 1 else _merged(choices)
+            for layer, site in self._sites.items()
+            if (choices := [choice for call in calls for choice in call.choices(site)])
+        }
+
     def _gathered(self, what: str) -> dict[int, torch.Tensor]:
         return self._cached(what, lambda: self._gather(what))
 
     def _cached(self, what: str, make: Any) -> Any:
-        calls = len(self._stream.calls)
         known = self._read.get(what)
-        if known is None or known[0] != calls:
-            known = self._read[what] = (calls, make())
+        if known is None or known[0] != self._stream.version:
+            known = self._read[what] = (self._stream.version, make())
         return known[1]
 
     def _gather(self, what: str) -> dict[int, torch.Tensor]:
@@ -167,6 +179,7 @@ class _Call:
     given_mask: torch.Tensor | None
     shape: tuple[int, int] | None
     """Batch and sequence, where they could be read."""
+    keeps_logits: bool
     router: dict[Site, list[Any]] = field(default_factory=dict)
     experts: dict[Site, list[Any]] = field(default_factory=dict)
     logits: dict[Site, list[Any]] = field(default_factory=dict)
@@ -176,7 +189,10 @@ class _Call:
     def choices(self, site: Site) -> list[Choice]:
         """What the site decided, in the order of its calls."""
         if site not in self.read:
-            self.read[site] = [site.read(site, heard) for heard in self._heard(site)]
+            choices = [site.read(site, heard) for heard in self._heard(site)]
+            if not self.keeps_logits:
+                choices = [choice._replace(logits=None) for choice in choices]
+            self.read[site] = choices
         return self.read[site]
 
     def _heard(self, site: Site) -> Iterator[Heard]:
@@ -211,6 +227,8 @@ class _Stream:
 
     calls: list[_Call] = field(default_factory=list)
     open: _Call | None = None
+    version: int = 0
+    """Counts changes of `calls`."""
     waiting: int = 0
     """Calls at the end of `calls` that have not been moved to the CPU."""
     waiting_bytes: int = 0
@@ -218,15 +236,23 @@ class _Stream:
     def begin(self, call: _Call) -> None:
         self.open = call
 
+    def take(self) -> list[_Call]:
+        """Return the calls so far and forget them."""
+        calls, self.calls = self.calls, []
+        self.version += 1
+        self.waiting = self.waiting_bytes = 0
+        return calls
+
     def end(self) -> None:
         """Take the open call in. One that failed half-way never gets here and is forgotten."""
         call, self.open = self.open, None
         if call is None or not (call.router or call.experts):
             return
         if call.rows < 0:
-            first = next(iter((*call.router.values(), *call.experts.values())))
-            call.rows = sum(part[0].flatten(0, -2).shape[0] for part in first)
+            site = next(iter((*call.router, *call.experts)))
+            call.rows = sum(len(choice.ids) for choice in call.choices(site))
         self.calls.append(call)
+        self.version += 1
         self.waiting += 1
         self.waiting_bytes += call.bytes
         if self.waiting_bytes > _KEPT_BYTES:
@@ -241,11 +267,11 @@ def _listen(
     """Register every hook, yielding its handle."""
     for owner in dict.fromkeys((site.stack, site.owner) for site in sites):
         stream, module = streams[owner[0]], model.get_submodule(owner[1])
-        yield module.register_forward_pre_hook(_begin(stream, module), with_kwargs=True)
+        yield module.register_forward_pre_hook(_begin(stream, module, logits), with_kwargs=True)
         yield module.register_forward_hook(_end(stream))
     for site in sites:
         stream = streams[site.stack]
-        if site.router is not None:
+        if site.router is not None and (logits or not site.experts_say_all):
             yield site.router.register_forward_hook(_hear_router(stream, site, logits))
         if site.experts is not None:
             yield site.experts.register_forward_pre_hook(
@@ -255,7 +281,7 @@ def _listen(
             yield site.logits.register_forward_hook(_hear_logits(stream, site))
 
 
-def _begin(stream: _Stream, module: nn.Module) -> Any:
+def _begin(stream: _Stream, module: nn.Module, logits: bool) -> Any:
     names = list(inspect.signature(type(module).forward).parameters)[1:]
 
     def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -273,7 +299,8 @@ def _begin(stream: _Stream, module: nn.Module) -> Any:
                 break
         mask = given.get("attention_mask")
         rows = -1 if shape is None else shape[0] * shape[1]
-        stream.begin(_Call(rows, mask if isinstance(mask, torch.Tensor) else None, shape))
+        mask = mask if isinstance(mask, torch.Tensor) else None
+        stream.begin(_Call(rows, mask, shape, logits))
 
     return begin
 
@@ -292,6 +319,8 @@ def _hear_router(stream: _Stream, site: Site, logits: bool) -> Any:
         call = stream.open
         if call is not None:
             kept = site.keep(output)
+            if site.own and not logits:
+                kept = (None, *kept[1:])
             call.router.setdefault(site, []).append(kept)
             call.bytes += _on_device(kept)
 
@@ -319,6 +348,15 @@ def _hear_logits(stream: _Stream, site: Site) -> Any:
 
 def _on_device(kept: tuple[Any, ...]) -> int:
     return sum(x.nbytes for x in kept if isinstance(x, torch.Tensor) and x.device.type != "cpu")
+
+
+def _merged(choices: list[Choice]) -> Choice:
+    logits = [choice.logits for choice in choices if choice.logits is not None]
+    return Choice(
+        torch.cat([choice.ids for choice in choices]),
+        torch.cat([choice.weights for choice in choices]),
+        torch.cat(logits) if logits else None,
+    )
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:

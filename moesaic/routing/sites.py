@@ -12,7 +12,7 @@ Notation: rows = batch x sequence flattened, E experts, K chosen experts of a ro
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -69,6 +69,16 @@ class Site:
     calculator: nn.Module | None = None
     """LLaMA-MoE's calculator, which may leave scores out or drop tokens."""
 
+    @property
+    def own(self) -> bool:
+        """Whether the router is of this package and gives (logits, weights, ids[, kept])."""
+        return self.read is _read_own
+
+    @property
+    def experts_say_all(self) -> bool:
+        """Whether the experts' arguments say everything but the logits."""
+        return self.read is _read_any and self.experts is not None
+
 
 def find_sites(model: nn.Module) -> list[Site]:
     """Return the routed layers of `model`, in the order of its modules."""
@@ -76,7 +86,7 @@ def find_sites(model: nn.Module) -> list[Site]:
     routers: dict[str, str | None] = {}  # router path -> experts path
     lonely: list[str] = []  # experts without a router module
     for path, module in modules.items():
-        if getattr(module, "is_moe_router", False) or type(module).__name__ in _BY_CLASS:
+        if getattr(module, "is_moe_router", False) or _special(module) is not None:
             routers.setdefault(path, None)
     for path, module in modules.items():
         if not _is_experts(path, module):
@@ -122,19 +132,19 @@ def _site(modules: dict[str, nn.Module], router: str | None, experts: str | None
     block = modules[path.rpartition(".")[0]]
     calculator = getattr(block, "calculator", None)
     attention = getattr(module, "routes", None) == "attention" or (
-        type(module).__name__ in _BY_CLASS and bool(re.search(r"self_att", path))
+        _special(module) is not None and bool(re.search(r"self_att", path))
     )
     logits = None
     keep: Keep
     read: Read
     if getattr(module, "is_moe_router", False):
         keep, read = _keep_tensors, _read_own
-    elif type(module).__name__ in _BY_CLASS:
-        keep, read = _BY_CLASS[type(module).__name__]
+    elif (special := _special(module)) is not None:
+        keep, read = special
         experts = None
     else:
         keep, read = _keep_tensors, _read_any
-        if type(module).__name__ in _PROBABILITIES:
+        if _is_a(module, *_PROBABILITIES):
             logits = getattr(module, "proj", None)
     return Site(
         layer=layer,
@@ -183,13 +193,13 @@ def _read_own(site: Site, heard: Heard) -> Choice:
     """Read a router of this package: (logits, weights, ids[, kept])."""
     if heard.router is None:
         raise ValueError(f"{site.path} was not heard")
-    logits, weights, ids = heard.router[:3]
+    logits, weights, ids = heard.router[:3]  # logits: None when nobody wants them
     kept = next((x for x in heard.router[3:] if x.dtype == torch.bool), None)
     if heard.experts is not None:
         given_ids, given_weights = heard.experts
         if given_ids.shape == ids.shape:
             ids = given_ids
-            if getattr(site.calculator, "drop_tokens", False) and kept is None:
+            if kept is None and _is_a(site.calculator, "SwitchDropTokenCalculator"):
                 # capacity is applied after the gate: what was dropped arrives with weight 0
                 kept = (given_weights != 0) | (weights == 0)
     if not getattr(site.calculator, "multiply_gate_scores", True):
@@ -292,10 +302,10 @@ _PROBABILITIES = ("Gemma4TextRouter", "DiffusionGemmaTextRouter")
 """Routers of transformers that return probabilities; their `proj` gives the logits."""
 
 
-def walk(sites: list[Site]) -> Iterator[tuple[str, nn.Module]]:
-    """Yield (what, module) of everything that is listened to, for messages and tests."""
-    for site in sites:
-        for what in ("router", "experts", "logits"):
-            module = getattr(site, what)
-            if module is not None:
-                yield f"{site.path}:{what}", module
+def _is_a(module: object, *names: str) -> bool:
+    """Whether the module's class, or one it derives from, has one of these names."""
+    return any(cls.__name__ in names for cls in type(module).__mro__)
+
+
+def _special(module: object) -> tuple[Keep, Read] | None:
+    return next((how for name, how in _BY_CLASS.items() if _is_a(module, name)), None)

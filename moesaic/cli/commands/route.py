@@ -1,0 +1,99 @@
+"""moesaic route: record how a model routes, and study what was recorded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from moesaic.cli.output import JsonOption, OutOption, emit
+
+PANEL = "Study"
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Record how a model routes, and study what was recorded.",
+)
+
+
+@app.command()
+def record(
+    model: Annotated[str, typer.Argument(help="A model directory, hub id or alias.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="A .jsonl or .txt file, a folder (each file or sub-folder is a domain), a "
+            "pattern, or the name of a Hugging Face dataset."
+        ),
+    ],
+    tokens: Annotated[int, typer.Option(help="Tokens in all, the same number of each domain.")],
+    out: OutOption,
+    sample_length: Annotated[int, typer.Option(help="Tokens read together.")] = 512,
+    batch: Annotated[
+        int | None, typer.Option(help="Samples at once; by default about 4,096 tokens.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Shuffle the documents; by default they keep their order.")
+    ] = None,
+    logits: Annotated[bool, typer.Option("--logits", help="Keep the router logits too.")] = False,
+    predictions: Annotated[
+        bool, typer.Option(help="Keep the likeliest next token and the loss of every token.")
+    ] = True,
+    language: Annotated[
+        str | None, typer.Option(help="NLLB: the code of the text's language, as in eng_Latn.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Take the tokenizer of another directory.")
+    ] = None,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option(help="Where to run; auto prefers GPUs.")
+    ] = "auto",
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(help="Number format; auto is the checkpoint's on a GPU, float32 on a CPU."),
+    ] = "auto",
+    json: JsonOption = False,
+) -> None:
+    """Run a model over text and keep which experts every token went to.
+
+    The output directory is a trace: small raw files, opened in milliseconds. After an interruption
+    the same command goes on where it was.
+
+    Example: `moesaic route record runs/moe --data text.jsonl --tokens 100000 -o runs/trace`
+    """
+    from moesaic.routing.record import record as run
+
+    trace = run(
+        model,
+        data=data,
+        tokens=tokens,
+        out=out,
+        tokenizer=tokenizer,
+        sample_length=sample_length,
+        batch=batch,
+        seed=seed,
+        logits=logits,
+        predictions=predictions,
+        language=language,
+        device=device,
+        dtype=dtype,
+    )
+    samples = len(trace.samples()) - 1
+    result = {
+        "path": str(trace.directory),
+        "rows": trace.rows,
+        "samples": samples,
+        "domains": list(trace.domains),
+        "layers": list(trace.layers),
+        "num_experts": trace.num_experts,
+        "top_k": trace.top_k,
+    }
+
+    def show() -> None:
+        print(
+            f"{trace.rows:,} tokens in {samples:,} samples of {len(trace.domains)} domains; "
+            f"{len(trace.layers)} layers, {trace.top_k} of {trace.num_experts} experts"
+        )
+
+    emit(result, json=json, render=show, path=trace.directory)
