@@ -131,8 +131,9 @@ def _load(path: str | Path, device: Device, dtype: DType) -> PreTrainedModel:
         raise UserError("device=cuda, but torch sees no CUDA GPU here. Use --device cpu.")
     # bfloat16 products on a CPU are slow and coarse; a checkpoint's own type is meant for GPUs.
     chosen = ("float32" if place == "cpu" else "auto") if dtype == "auto" else dtype
-    model: Any = load(path, dtype=chosen)
-    placed: PreTrainedModel = model.to(place)
+    # a device_map.json beside the model counts as long as no device is asked for
+    model: Any = load(path, dtype=chosen, device_map="auto" if device == "auto" else None)
+    placed: PreTrainedModel = model if hasattr(model, "hf_device_map") else model.to(place)
     return placed
 
 

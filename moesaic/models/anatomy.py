@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedModel
@@ -21,11 +20,12 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from moesaic.core.errors import UserError
 from moesaic.models.catalog import Source, find, refusal
-from moesaic.models.load import config_of, model_class
+from moesaic.models.load import config_of, model_class, on_meta
 
 _ROUTER = re.compile(r"^(gate|gating|router|moe_gate)$")
 _ALWAYS_ON = re.compile(r"shared|residual")  # parts of a layer that every token visits
 _NO_PART = re.compile(r"(gate|norm|dropout)$")  # ... unless their names end so
+_ATTENTION = re.compile(r"att(entio)?n")
 _STACK = re.compile(r"(^|\.)(layers|blocks?|h)$")
 _TRAINING_ONLY = re.compile(r"\.weight_noise\.")
 _TOP_K = (
@@ -115,7 +115,7 @@ def anatomy(model: PreTrainedModel | PreTrainedConfig | str | Path) -> Anatomy:
         layers.append(
             MoELayer(
                 index=_index(stacks, block.experts),
-                kind="attention" if re.search(r"att(entio)?n", block.path) else "mlp",
+                kind="attention" if _ATTENTION.search(block.path) else "mlp",
                 router=block.router,
                 experts=block.experts,
                 num_experts=block.num_experts,
@@ -168,16 +168,6 @@ def build(source: Source) -> PreTrainedModel:
         raise UserError(
             f"{source.name}: config.json describes no {cls.__name__}: {reason}"
         ) from error
-
-
-def on_meta(config: PreTrainedConfig, cls: type[PreTrainedModel] | None = None) -> PreTrainedModel:
-    """Build a model on the meta device: its modules and shapes, no memory."""
-    if cls is None:
-        cls = model_class({"model_type": config.model_type, "architectures": config.architectures})
-    make: Any = cls._from_config
-    with torch.device("meta"):
-        model: PreTrainedModel = make(config, attn_implementation="eager")
-    return model
 
 
 @dataclass(frozen=True)
@@ -275,11 +265,16 @@ def _top_k(model: PreTrainedModel, block: _Block) -> int:
 def _num_shared(model: PreTrainedModel, block: _Block) -> int:
     """Experts that run on every token beside the routed ones."""
     above = block.path
-    while above and not above.rpartition(".")[2].isdigit():
+    while above:
+        is_layer = above.rpartition(".")[2].isdigit()
+        if is_layer and _ATTENTION.search(block.path):
+            break  # what stands beside attention belongs to the MLP
         for name, child in model.get_submodule(above).named_children():
             if _ALWAYS_ON.search(name) and not _NO_PART.search(name):
                 inner = [_count_experts(path, module) for path, module in child.named_modules()]
                 return max(inner) or _configured(model.config, _NUM_SHARED) or 1
+        if is_layer:
+            break
         above = above.rpartition(".")[0]
     return 0
 

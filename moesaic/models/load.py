@@ -11,15 +11,18 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as hub_logging
 
 from moesaic import kernels
+from moesaic.core.console import note
 from moesaic.core.errors import UserError
 from moesaic.models.catalog import Source, find, refusal
 from moesaic.models.checkpoint import Checkpoint
+from moesaic.models.device_map import NAME as DEVICE_MAP
+from moesaic.models.device_map import check_device_map, read_device_map
 from moesaic.models.families import families
 from moesaic.models.overrides import corrected
 
@@ -43,13 +46,16 @@ def load(model: str | Path, **kwargs: Any) -> PreTrainedModel:
         model: a directory, a hub id (organisation/name) or an alias of the catalog.
         kwargs: every keyword of transformers' `from_pretrained` (`dtype`, `device_map`,
             `attn_implementation`, ...). `experts_implementation` defaults to "moesaic" where the
-            class has replaceable experts.
+            class has replaceable experts. Without a `device_map`, or with "auto", the
+            `device_map.json` in the model's directory is used, if there is one. `load_in_4bit` and
+            `load_in_8bit` stand for the `quantization_config` of bitsandbytes.
 
     Raises:
         UserError: no such model; a family that this version does not load right; a missing,
             truncated or unreadable file; a weight that is missing, unexpected, of another shape
             or left at its random start (the tensors are listed; `ignore_mismatched_sizes=True`
-            accepts other shapes); `trust_remote_code=True`, since remote code is never run.
+            accepts other shapes); a device_map.json that does not fit model or machine;
+            `trust_remote_code=True`, since remote code is never run.
     """
     if kwargs.pop("trust_remote_code", False):
         raise UserError("trust_remote_code=True: moesaic never runs remote code. Leave it out.")
@@ -61,13 +67,63 @@ def load(model: str | Path, **kwargs: Any) -> PreTrainedModel:
     size = 0
     if source.directory is not None and not any(kwargs.get(key) for key in _ELSEWHERE):
         size = sum(file.stat().st_size for file in Checkpoint(source.directory).files)
+    if source.directory is not None and kwargs.get("device_map", "auto") == "auto":
+        kwargs |= _beside(source, cls)
+    _quantization(kwargs)
     if cls._can_set_experts_implementation():
         kwargs.setdefault("experts_implementation", kernels.NAME)
     tolerant = kwargs.pop("ignore_mismatched_sizes", False)
     with _quiet(bar=size >= _BAR_FROM or source.directory is None) as report:
         loaded, info = _from_pretrained(cls, source, kwargs, report)
     _check_weights(info, cls, source, tolerant=tolerant)
+    if getattr(loaded, "is_quantized", False):
+        _say_what_stayed(loaded, source)
     return loaded
+
+
+def on_meta(config: PreTrainedConfig, cls: type[PreTrainedModel] | None = None) -> PreTrainedModel:
+    """Build a model on the meta device: its modules and shapes, no memory."""
+    if cls is None:
+        cls = model_class({"model_type": config.model_type, "architectures": config.architectures})
+    make: Any = cls._from_config
+    with torch.device("meta"):
+        model: PreTrainedModel = make(config, attn_implementation="eager")
+    return model
+
+
+def _beside(source: Source, cls: type[PreTrainedModel]) -> dict[str, Any]:
+    """The device map beside a model, checked, as a keyword of from_pretrained."""
+    assert source.directory is not None
+    device_map = read_device_map(source.directory)
+    if device_map is None:
+        return {}
+    config, _ = config_of(source)
+    check_device_map(device_map, on_meta(config, cls), file=source.directory / DEVICE_MAP)
+    note(f"{source.name}: {DEVICE_MAP} decides where its parts go.")
+    return {"device_map": device_map}
+
+
+def _quantization(kwargs: dict[str, Any]) -> None:
+    """Turn load_in_4bit=True and load_in_8bit=True into the config that transformers 5 wants."""
+    asked = [name for name in ("load_in_4bit", "load_in_8bit") if kwargs.pop(name, False)]
+    if len(asked) > 1 or (asked and kwargs.get("quantization_config") is not None):
+        raise UserError(
+            f"{' and '.join([*asked, *(['quantization_config'] if len(asked) < 2 else [])])} were "
+            "given. Give one of load_in_4bit, load_in_8bit and quantization_config."
+        )
+    if asked:
+        kwargs["quantization_config"] = BitsAndBytesConfig(**{asked[0]: True})
+
+
+def _say_what_stayed(model: PreTrainedModel, source: Source) -> None:
+    """Say that experts in one tensor stay as they are: bitsandbytes takes linear layers only."""
+    stacks = [p for p in model.parameters() if p.dim() == 3 and p.is_floating_point()]
+    if stacks:
+        size = sum(p.numel() for p in stacks) / 1e9
+        note(
+            f"{source.name}: quantization covers linear layers; {size:.2f} B weights of experts "
+            f"stay in {str(stacks[0].dtype).removeprefix('torch.')}."
+        )
 
 
 def model_class(config: Mapping[str, Any], *, source: str = "config.json") -> type[PreTrainedModel]:

@@ -70,7 +70,8 @@ def precision(name: Literal["auto", "fp32", "mixed", "bf16"], where: torch.devic
 
 def load_model(config: TrainConfig, where: torch.device, how: Precision) -> PreTrainedModel:
     """Load the model in the type it trains in. Raises UserError where there is none."""
-    options: dict[str, Any] = {"attn_implementation": config.attention}
+    # device_map: a device_map.json beside the model is for using it, not for training it
+    options: dict[str, Any] = {"attn_implementation": config.attention, "device_map": None}
     if config.experts is not None:
         options["experts_implementation"] = config.experts
     elif config.kernels is not None:

@@ -7,6 +7,8 @@ original program switches both together, for the whole input, when its length is
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers.models.phimoe.configuration_phimoe import PhimoeConfig
 from transformers.models.phimoe.modeling_phimoe import PhimoeRotaryEmbedding
@@ -24,7 +26,7 @@ class RotaryEmbedding(PhimoeRotaryEmbedding):
         """Return cos and sin [B, S, H] for `position_ids` [B, S], in the number format of x."""
         length = int(position_ids.max()) + 1
         inv_freq, scale = self.rope_init_fn(self.config, device=x.device, seq_len=length)
-        rope = self.config.rope_parameters
+        rope: Any = self.config.rope_parameters
         if rope["rope_type"] != "default":
             is_long = length > rope["original_max_position_embeddings"]
             scale = rope["long_mscale" if is_long else "short_mscale"]

@@ -74,7 +74,7 @@ def unpack(router_outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torc
 def finish(model: PreTrainedModel) -> None:
     """Let the balance loss read the logits: transformers 5.17 expects pairs."""
     if hasattr(model, "_unpack_router_logits"):
-        model._unpack_router_logits = unpack
+        setattr(model, "_unpack_router_logits", unpack)  # noqa: B010 - no attribute to mypy
 
 
 def probe() -> bool:
