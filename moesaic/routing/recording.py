@@ -146,9 +146,8 @@ def recording(model: nn.Module, *, logits: bool = True) -> Iterator[Recording]:
     `generate`, and with layers spread by accelerate. Outputs do not change. `logits=False` lets go
     of the router logits, which are the most of what is kept.
 
-    A model compiled with torch.compile runs uncompiled inside the block, and a note says so: a
-    compiled model does not call its hooks. Recording what is compiled for the first time inside
-    the block is an error.
+    A model compiled with torch.compile runs uncompiled inside the block, and a note says so:
+    compiled code calls no hooks.
 
     Raises:
         UserError: the model has no routers.
@@ -165,7 +164,8 @@ def recording(model: nn.Module, *, logits: bool = True) -> Iterator[Recording]:
     with contextlib.ExitStack() as stack:
         if compiled:
             note("torch.compile: the model runs uncompiled while it is recorded.")
-            stack.enter_context(_without_compiling())
+        if compiled or _may_be_compiled(model):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         for handle in _listen(model, sites, streams, logits):
             stack.callback(handle.remove)
         yield recorded
@@ -288,7 +288,7 @@ def _begin(stream: _Stream, module: nn.Module, logits: bool) -> Any:
         if torch.compiler.is_compiling():
             raise MoesaicError(
                 "torch.compile met a model that is being recorded, and compiled code calls no "
-                "hooks. Run the model once before `recording`, or leave compiling out."
+                "hooks. Compile the model before `recording`, which then runs it uncompiled."
             )
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         shape = None
@@ -407,7 +407,10 @@ def _uncompiled(model: nn.Module) -> tuple[nn.Module, bool]:
     )
 
 
-@contextlib.contextmanager
-def _without_compiling() -> Iterator[None]:
-    with torch.compiler.set_stance("force_eager"):
-        yield
+def _may_be_compiled(model: nn.Module) -> bool:
+    """Whether someone may hold a compiled wrapper of this model: its hooks would not be called.
+
+    Flex attention is compiled code of its own, and far too large without.
+    """
+    flex = getattr(getattr(model, "config", None), "_attn_implementation", "") == "flex_attention"
+    return "torch._dynamo" in sys.modules and not flex
