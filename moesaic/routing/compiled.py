@@ -1,4 +1,4 @@
-"""What the routing room compiles with: numba, two bit instructions, and blocks of work on all cores.
+"""What the routing room compiles with: numba, and blocks of work on all cores.
 
 Kernels release the interpreter lock, so blocks of samples run on threads. Every block adds whole
 numbers into arrays of its own; results do not depend on how many there are.
@@ -14,42 +14,25 @@ from typing import Any, TypeVar
 from moesaic.core.errors import UserError
 
 try:
-    from numba import njit, types
-    from numba.extending import intrinsic
+    from numba import njit
 except ModuleNotFoundError as error:
     raise UserError(
         "routing metrics and cache simulations need the package 'numba', which is not installed. "
         "Run: pip install 'moesaic[routing]'"
     ) from error
 
-__all__ = ["compiled", "ones", "spread", "threads", "trailing_zeros"]
+__all__ = ["compiled", "spread", "threads"]
 
 T = TypeVar("T")
 
 
 def compiled(function: Any) -> Any:
-    """Compile a kernel on its first call; the machine code is kept beside the source file."""
+    """Compile a kernel on its first call; the machine code is kept beside the source file.
+
+    It is made anew when that file changes, and no other: a kernel calls kernels, and uses constants
+    and sizes of arrays, of its own file only.
+    """
     return njit(cache=True, nogil=True)(function)
-
-
-@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
-def ones(typing_context: Any, word: Any) -> Any:
-    """Count the set bits of a uint64."""
-
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.ctpop(arguments[0])
-
-    return types.uint64(types.uint64), build
-
-
-@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
-def trailing_zeros(typing_context: Any, word: Any) -> Any:
-    """Number of the lowest set bit of a uint64 that is not 0."""
-
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.cttz(arguments[0], context.get_constant(types.boolean, True))
-
-    return types.uint64(types.uint64), build
 
 
 def threads() -> int:

@@ -36,9 +36,7 @@ def count_hits(samples: Samples, policy: Policy, scope: Scope) -> NDArray[np.int
         parts = []
         for first in range(start, stop, 4 * lanes):
             rows = slice(first, min(stop, first + 4 * lanes))
-            part = Samples(
-                samples.experts_NTLK[rows], samples.lengths_N[rows], samples.num_experts
-            )
+            part = Samples(samples.experts_NTLK[rows], samples.lengths_N[rows], samples.num_experts)
             parts.append(policy.first_sizes(requests_of(part, scope)))
         return np.concatenate(parts)
 

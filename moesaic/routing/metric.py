@@ -69,9 +69,7 @@ class Metric(ABC):
                 f"{space}, not {own} over {self.space}. Make both with the same settings."
             )
 
-    def _by_domain(
-        self, samples: Samples
-    ) -> Iterator[tuple[int, NDArray[np.int64], Samples]]:
+    def _by_domain(self, samples: Samples) -> Iterator[tuple[int, NDArray[np.int64], Samples]]:
         if (samples.num_experts, samples.layers) != (self.space.num_experts, self.space.layers):
             raise UserError(
                 f"samples of {samples.layers} layers with {samples.num_experts} experts were given "

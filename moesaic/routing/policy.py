@@ -16,6 +16,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections import defaultdict
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import numpy as np
@@ -68,7 +69,7 @@ class History:
         return when[place] if place < len(when) else None
 
     def ahead(self, expert: int, window: int) -> int:
-        """Requests still to be served up to `window` tokens from the current one on, it included."""
+        """Requests still to be served in `window` tokens, the current one included."""
         end = self._ends[min(self.token + window, len(self._ends)) - 1]
         when = self._when[expert]
         return bisect_left(when, end) - bisect_left(when, self.clock)
@@ -95,7 +96,7 @@ class PriorityPolicy(Policy):
         hits_SC = np.zeros((len(requests.ids_SQ), requests.experts), dtype=np.int32)
         for row, ids_Q, starts_T in zip(hits_SC, requests.ids_SQ, requests.starts_ST, strict=True):
             edges = starts_T.tolist()
-            tokens = [ids_Q[a:b].tolist() for a, b in zip(edges[:-1], edges[1:], strict=True)]
+            tokens = [ids_Q[a:b].tolist() for a, b in pairwise(edges)]
             for size in range(1, requests.experts + 1):
                 row[size - 1] = self._hits(tokens, size)
         return np.diff(hits_SC, axis=1, prepend=np.int32(0))

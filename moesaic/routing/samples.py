@@ -235,7 +235,7 @@ def _counting(
     elif not dropped:
         return None
     else:
-        some_NT = (ids_NTLK >= 0).any(axis=(2, 3))
+        some_NT = np.any(ids_NTLK >= 0, axis=(2, 3))
         lengths_N = np.where(some_NT.any(1), shape[1] - some_NT[:, ::-1].argmax(1), 0)
     if (lengths_N == shape[1]).all():
         return None

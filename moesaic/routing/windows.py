@@ -13,11 +13,14 @@ of one length behind those of another (`columns`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from numba import types
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from moesaic.routing.compiled import compiled, ones, spread, trailing_zeros
+from moesaic.routing.compiled import compiled, spread
 from moesaic.routing.samples import Samples
 
 __all__ = ["columns", "position_changes", "window_counts"]
@@ -79,6 +82,28 @@ def position_changes(samples: Samples, segment: int, positions: int) -> NDArray[
     return sum(parts[1:], start=parts[0])[:, :positions]
 
 
+def _count_ones(typing_context: Any, word: Any) -> Any:
+    """Count the set bits of a uint64."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.ctpop(arguments[0])
+
+    return types.uint64(types.uint64), build
+
+
+def _count_zeros(typing_context: Any, word: Any) -> Any:
+    """Number of the lowest set bit of a uint64 that is not 0."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.cttz(arguments[0], context.get_constant(types.boolean, True))
+
+    return types.uint64(types.uint64), build
+
+
+_ones: Any = intrinsic(_count_ones)
+_trailing_zeros: Any = intrinsic(_count_zeros)
+
+
 @compiled
 def _set_bits(ids_TK, length, bits_EW):  # type: ignore[no-untyped-def]
     bits_EW[:] = 0
@@ -96,9 +121,9 @@ def _first_count(bits_W, m):  # type: ignore[no-untyped-def]
     """Active tokens among the first m."""
     count = 0
     for word in range(m >> 6):
-        count += ones(bits_W[word])
+        count += _ones(bits_W[word])
     if m & 63:
-        count += ones(bits_W[m >> 6] & ((np.uint64(1) << np.uint64(m & 63)) - np.uint64(1)))
+        count += _ones(bits_W[m >> 6] & ((np.uint64(1) << np.uint64(m & 63)) - np.uint64(1)))
     return count
 
 
@@ -137,7 +162,7 @@ def _count_windows(ids_NTLK, lengths_N, segments, by_sample_NLS, by_expert_LES):
                     if windows > 0:
                         # unsigned: numba spends instructions on signed indices, which may be -1
                         count = np.uint64(column + _first_count(bits_W, m))
-                        last = 0
+                        last = np.int64(0)
                         changes = windows - 1  # steps from one window to the next
                         for word in range((changes + 63) >> 6):
                             here = bits_W[word]
@@ -146,7 +171,7 @@ def _count_windows(ids_NTLK, lengths_N, segments, by_sample_NLS, by_expert_LES):
                                 differ &= (one << np.uint64(changes & 63)) - one
                             base = (word << 6) + 1
                             while differ:
-                                bit = trailing_zeros(differ)
+                                bit = _trailing_zeros(differ)
                                 differ &= differ - one
                                 at = base + np.int64(bit)
                                 total_S[count] += at - last
@@ -180,7 +205,7 @@ def _count_changes(ids_NTLK, lengths_N, experts, m, changes_LPC):  # type: ignor
                     if (word + 1) << 6 > changes:
                         differ &= (np.uint64(1) << np.uint64(changes & 63)) - np.uint64(1)
                     while differ:
-                        bit = trailing_zeros(differ)
+                        bit = _trailing_zeros(differ)
                         differ &= differ - np.uint64(1)
                         at = (word << 6) + 1 + np.int64(bit)
                         changes_LPC[layer, at, count] -= 1

@@ -105,9 +105,8 @@ class SegmentRouting(Metric):
         if self.weights_D is not None:
             replicates = self.weights_D[0].shape[1]
             interval(0.0, np.zeros(replicates), confidence)  # too few are refused before the work
-            groups = {"model": 1, "layer": space.layers}.get(
-                intervals, space.layers * space.num_experts
-            )
+            groups = 1 if intervals == "model" else space.layers
+            groups *= space.num_experts if intervals == "expert" else 1
             self.sums["drawn"] = np.zeros((domains, groups, width, replicates))
 
     def add(self, domain: int, rows_N: NDArray[np.int64], samples: Samples) -> None:
@@ -150,9 +149,8 @@ class SegmentRouting(Metric):
     ) -> SegmentFigures:
         """Return the figures of one segment length and level, of one domain or all together."""
         if segment not in self.segments:
-            raise UserError(
-                f"segment={segment} was not counted. Use one of {', '.join(map(str, self.segments))}."
-            )
+            counted = ", ".join(map(str, self.segments))
+            raise UserError(f"segment={segment} was not counted. Use one of {counted}.")
         if level not in LEVELS:
             raise UserError(f"level='{level}' is unknown. Use one of {', '.join(LEVELS)}.")
         where = self._columns[self.segments.index(segment)]
@@ -200,7 +198,8 @@ class SegmentRouting(Metric):
         """Best F1 of every replicate, [groups, B]."""
         drawn_DGSB = self.sums["drawn"]
         groups = drawn_DGSB.shape[1]
-        wanted = {"model": 1, "layer": self.space.layers}.get(level, groups)
+        layers = self.space.layers
+        wanted = 1 if level == "model" else layers if level == "layer" else int(groups)
         best_GB = np.empty((wanted, drawn_DGSB.shape[3]))
         each = groups // wanted  # groups of the finest level in one wanted
 
@@ -273,5 +272,3 @@ def _best_of_replicates(counts_CB, best_B):  # type: ignore[no-untyped-def]
 def _layer(samples: Samples, layer: int) -> Samples:
     ids_NTLK = np.ascontiguousarray(samples.experts_NTLK[:, :, layer : layer + 1])
     return Samples(ids_NTLK, samples.lengths_N, samples.num_experts)
-
-
