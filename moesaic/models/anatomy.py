@@ -20,7 +20,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from moesaic.core.errors import UserError
 from moesaic.models.catalog import Source, find, refusal
-from moesaic.models.load import config_of, model_class, on_meta
+from moesaic.models.load import NUM_EXPERTS, TOP_K, config_of, model_class, on_meta
 
 _ROUTER = re.compile(r"^(gate|gating|router|moe_gate)$")
 _ALWAYS_ON = re.compile(r"shared|residual")  # parts of a layer that every token visits
@@ -28,18 +28,7 @@ _NO_PART = re.compile(r"(gate|norm|dropout)$")  # ... unless their names end so
 _ATTENTION = re.compile(r"att(entio)?n")
 _STACK = re.compile(r"(^|\.)(layers|blocks?|h)$")
 _TRAINING_ONLY = re.compile(r"\.weight_noise\.")
-_TOP_K = (
-    "num_selects",
-    "num_experts_per_tok",
-    "num_experts_per_token",
-    "moe_topk",
-    "moe_top_k",
-    "moe_k",
-    "top_k_experts",
-    "top_k",
-)
 _NUM_SHARED = ("n_shared_experts", "num_shared_experts", "num_shared_expert")
-_NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 @dataclass(frozen=True)
@@ -249,7 +238,7 @@ def _top_k(model: PreTrainedModel, block: _Block) -> int:
     """Experts a token visits: an attribute of router, block or experts, else of the config."""
     places = [model.get_submodule(path) for path in (block.router, block.path) if path]
     for place in (*places, model.config.get_text_config()):
-        for name in _TOP_K:
+        for name in TOP_K:
             value = getattr(place, name, None)
             if isinstance(value, int) and not isinstance(value, bool) and value > 0:
                 return min(value, block.num_experts)
@@ -323,7 +312,7 @@ def _configured(config: PreTrainedConfig, names: tuple[str, ...]) -> int:
 
 
 def _expects_experts(config: PreTrainedConfig) -> bool:
-    return _configured(config, _NUM_EXPERTS) > 1
+    return _configured(config, NUM_EXPERTS) > 1
 
 
 def _short(count: int) -> str:

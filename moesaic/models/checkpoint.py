@@ -16,6 +16,7 @@ import struct
 import sys
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,41 @@ class Checkpoint:
                 f"{self.keys()[0]}."
             )
         return self._where[key]
+
+
+def irregular_experts(checkpoint: Checkpoint) -> str:
+    """Say which experts' tensors are missing or of another shape than their like, if any.
+
+    Experts are numbered by the last number of a tensor's name; those of one layer are alike.
+    """
+    kinds: dict[str, dict[str, dict[int, str]]] = {}  # layer -> name with * -> number -> key
+    for key in checkpoint.keys():  # noqa: SIM118 - a Checkpoint is no dict
+        parts = key.split(".")
+        if "experts" not in parts or not any(part.isdigit() for part in parts):
+            continue
+        at = max(place for place, part in enumerate(parts) if part.isdigit())
+        start = parts.index("experts")
+        if at > start:
+            name = ".".join((*parts[:at], "*", *parts[at + 1 :]))
+            kinds.setdefault(".".join(parts[:start]), {}).setdefault(name, {})[int(parts[at])] = key
+    missing, odd = [], []
+    for names in kinds.values():
+        numbers = set().union(*names.values())
+        for name, keys in names.items():
+            missing += [name.replace("*", str(n)) for n in sorted(numbers - set(keys))]
+            shapes = Counter(checkpoint.shape(key) for key in keys.values())
+            usual = shapes.most_common(1)[0][0]
+            odd += [
+                f"{key} {list(checkpoint.shape(key))} where others have {list(usual)}"
+                for key in keys.values()
+                if checkpoint.shape(key) != usual
+            ]
+    told = [
+        f"{len(found)} {what} ({', '.join(found[:20])})"
+        for found, what in ((missing, "missing"), (odd, "of another shape"))
+        if found
+    ]
+    return "; ".join(told)
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -20,7 +21,7 @@ from moesaic import kernels
 from moesaic.core.console import note
 from moesaic.core.errors import UserError
 from moesaic.models.catalog import Source, find, refusal
-from moesaic.models.checkpoint import Checkpoint
+from moesaic.models.checkpoint import Checkpoint, irregular_experts
 from moesaic.models.device_map import NAME as DEVICE_MAP
 from moesaic.models.device_map import check_device_map, read_device_map
 from moesaic.models.families import families
@@ -28,6 +29,19 @@ from moesaic.models.overrides import corrected
 
 HARMLESS = ("rotary_emb.inv_freq",)
 """Endings of tensor names that files of any family may hold: computed, never read."""
+TOP_K = (
+    "num_selects",
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_topk",
+    "moe_top_k",
+    "moe_k",
+    "router_topk",
+    "top_k_experts",
+    "top_k",
+)
+"""What configs call the number of experts a token visits."""
+NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _BAR_FROM = 2 * 10**9  # bytes: smaller models load before a progress bar is worth a line
 _NOT_OF_THE_CONFIG = (  # of from_pretrained, though a config may have an attribute of that name
     "attn_implementation",
@@ -172,6 +186,7 @@ def config_of(source: Source, **kwargs: Any) -> tuple[PreTrainedConfig, dict[str
     for override in source.overrides.values():
         config_class = override.config or config_class
     config = config_class.from_dict(dict(source.fields))
+    _check_top_k(config)
     rest = {}
     for key, value in kwargs.items():
         if key in _NOT_OF_THE_CONFIG or not hasattr(config, key):
@@ -179,6 +194,22 @@ def config_of(source: Source, **kwargs: Any) -> tuple[PreTrainedConfig, dict[str
         else:
             setattr(config, key, value)
     return config, rest
+
+
+def _check_top_k(config: PreTrainedConfig) -> None:
+    text = config.get_text_config()
+    # not top_k: old config.json files hold that of sampling under this name
+    chosen = _first(text, [name for name in TOP_K if name != "top_k"])
+    experts = _first(text, NUM_EXPERTS)
+    if chosen is not None and experts is not None and chosen[1] > experts[1] > 1:
+        raise UserError(
+            f"{chosen[0]}={chosen[1]} but the model has {experts[1]} experts. Correct config.json."
+        )
+
+
+def _first(config: PreTrainedConfig, names: Iterable[str]) -> tuple[str, int] | None:
+    found = ((name, getattr(config, name, None)) for name in names)
+    return next(((name, value) for name, value in found if isinstance(value, int)), None)
 
 
 def _from_pretrained(
@@ -207,7 +238,7 @@ def _from_pretrained(
             f"{source.name} cannot be loaded: config.json names {error}, which transformers does "
             "not know. Correct it."
         ) from error
-    except (OSError, ValueError, TypeError, ImportError) as error:
+    except (OSError, ValueError, TypeError, ImportError, StrictDataclassError) as error:
         if getattr(error, "errno", None) is not None:
             raise  # the machine's failure: no space for offloading, no permission
         raise UserError(f"{source.name} cannot be loaded: {_one_line(error)}") from error
@@ -215,6 +246,8 @@ def _from_pretrained(
         detail = report.conversions()
         if not detail and "state_dict" not in str(error):
             raise
+        if detail and source.directory is not None:
+            detail = irregular_experts(Checkpoint(source.directory)) or detail
         raise UserError(
             f"{source.name}: its weights do not fit {cls.__name__}: {detail or _one_line(error)}"
         ) from error
