@@ -43,23 +43,17 @@ class AttentionRouter(SoftmaxRouter):
         super().__init__(hidden, experts, top_k, renormalise=True)
 
 
-class AttentionExperts(nn.Module):
-    """The projections of E attention experts.
+class ExpertBias(nn.Module):
+    """A bias on every expert's output: `weight` [E, D]."""
 
-    `q_proj` [E, H*d, D], `k_proj` and `v_proj` [E, d, D], `o_proj` [E, D, H*d]; `output_bias`
-    [E, D], added to an expert's output, where asked for.
-    """
-
-    def __init__(
-        self, hidden_size: int, num_experts: int, heads: int, head_dim: int, *, bias: bool
-    ) -> None:
+    def __init__(self, experts: int, hidden: int) -> None:
         super().__init__()
-        self.num_experts = num_experts
-        self.q_proj = nn.Parameter(torch.empty(num_experts, heads * head_dim, hidden_size))
-        self.k_proj = nn.Parameter(torch.empty(num_experts, head_dim, hidden_size))
-        self.v_proj = nn.Parameter(torch.empty(num_experts, head_dim, hidden_size))
-        self.o_proj = nn.Parameter(torch.empty(num_experts, hidden_size, heads * head_dim))
-        self.output_bias = nn.Parameter(torch.empty(num_experts, hidden_size)) if bias else None
+        self.weight = nn.Parameter(torch.empty(experts, hidden))
+
+    def forward(self, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+        """Sum of the chosen experts' biases, weighted: [T, D]."""
+        share_TE = weights_TK.new_zeros(len(ids_TK), len(self.weight))
+        return share_TE.scatter(1, ids_TK, weights_TK).to(self.weight.dtype) @ self.weight
 
 
 @dataclass(frozen=True)
@@ -67,13 +61,12 @@ class _Packed:
     """Where the tokens of each expert are.
 
     N rows are sorted by expert, then sequence, then position. `token_N` is a row's token in T,
-    `expert_N` its expert, `slot_N` its place in [B, E, P]; `sizes` (host) and `ends_E` count rows
+    `slot_N` its place in [B, E, P]; `sizes` (host) and `ends_E` count rows
     per expert; `count_BE` counts them per sequence too. `row_TE` is the row of a token at an
     expert, where there is one.
     """
 
     token_N: torch.Tensor
-    expert_N: torch.Tensor
     slot_N: torch.Tensor
     row_TE: torch.Tensor
     count_BE: torch.Tensor
@@ -89,17 +82,17 @@ def pack(member_BSE: torch.Tensor) -> _Packed:
     member_EBS = member_BSE.permute(2, 0, 1)
     place_EBS = member_EBS.cumsum(dim=-1) - 1
     count_BE = member_BSE.sum(dim=1)
-    counts = count_BE.tolist()  # the one wait for the device
+    counts = count_BE.tolist()  # on a GPU, the one wait for the device
     sizes = [sum(row[e] for row in counts) for e in range(experts)]
     longest = max((count for row in counts for count in row), default=0)
-    expert_N, sequence_N, position_N = member_EBS.nonzero(as_tuple=True)
-    place_N = place_EBS[expert_N, sequence_N, position_N]
-    token_N = sequence_N * length + position_N
+    # the members in order: a stable sort brings them to the front
+    flat_N = (~member_EBS).flatten().to(torch.uint8).argsort(stable=True)[: sum(sizes)]
+    expert_N, token_N = flat_N // (batch * length), flat_N % (batch * length)
+    sequence_N, place_N = token_N // length, place_EBS.flatten()[flat_N]
     row_TE = torch.zeros(batch * length, experts, dtype=torch.long, device=member_BSE.device)
-    row_TE[token_N, expert_N] = torch.arange(len(token_N), device=member_BSE.device)
+    row_TE[token_N, expert_N] = torch.arange(len(flat_N), device=flat_N.device)
     return _Packed(
         token_N=token_N,
-        expert_N=expert_N,
         slot_N=(sequence_N * experts + expert_N) * longest + place_N,
         row_TE=row_TE,
         count_BE=count_BE,
@@ -211,18 +204,10 @@ class ExpertAttention(nn.Module):
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
-        self.head_dim: int = config.head_dim
-        # query heads of one expert, which share its key and value head
-        self.num_key_value_groups: int = config.num_attention_heads // config.attn_experts
-        self.scaling: float = self.head_dim**-0.5
-        self.is_causal = True
         self.gate = AttentionRouter(config.hidden_size, config.attn_experts, config.top_k_attn)
-        self.experts = AttentionExperts(
-            config.hidden_size,
-            config.attn_experts,
-            self.num_key_value_groups,
-            self.head_dim,
-            bias=config.add_rescale_bias,
+        self.experts = AttentionExperts(config, layer_idx)
+        self.output_bias = (
+            ExpertBias(config.attn_experts, config.hidden_size) if config.add_rescale_bias else None
         )
 
     def forward(
@@ -236,12 +221,14 @@ class ExpertAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the output [B, S, D], the router's logits [T, E] and the ids [T, K].
 
-        `valid_T` (bool) leaves out padding; `document_BS` keeps documents packed into one row from
-        seeing each other.
+        `valid_T` (bool) leaves out padding, whose output is 0; `document_BS` keeps documents packed
+        into one row from seeing each other.
         """
         batch, length, hidden = hidden_states.shape
         x_TD = hidden_states.reshape(-1, hidden)
         logits_TE, weights_TK, ids_TK = self.gate(x_TD)
+        if self.config.scale_factor_attn is not None:
+            weights_TK = weights_TK * self.config.scale_factor_attn
         member_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter(1, ids_TK, True)
         if valid_T is not None:
             member_TE = member_TE & valid_T[:, None]
@@ -250,32 +237,54 @@ class ExpertAttention(nn.Module):
         if packed.longest == 0:
             y_TD = torch.zeros_like(x_TD)
         else:
-            y_ND = self._attend(x_TD, packed, position_embeddings, document_BS, past_key_values)
-            if self.config.scale_factor_attn is not None:
-                weights_TK = weights_TK * self.config.scale_factor_attn
+            y_ND = self.experts(x_TD, packed, position_embeddings, document_BS, past_key_values)
             y_TKD = y_ND[packed.row_TE.gather(1, ids_TK)]
             # float32: several experts adding into one bf16 token lose bits
             y_TD = (y_TKD * weights_TK.float()[..., None]).sum(dim=1)
+        if self.output_bias is not None:
+            y_TD = y_TD + self.output_bias(ids_TK, weights_TK)
         if past_key_values is not None:
             cached: Any = past_key_values.layers[self.layer_idx]
             cached.seen += length
         return y_TD.to(hidden_states.dtype).view_as(hidden_states), logits_TE, ids_TK
 
-    def _attend(
+
+class AttentionExperts(nn.Module):
+    """E attention experts of H query heads and one key/value head.
+
+    `q_proj` [E, H*d, D], `k_proj` and `v_proj` [E, d, D], `o_proj` [E, D, H*d].
+    """
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.num_experts: int = config.attn_experts
+        # what transformers' attention functions read of a module; the groups are our H
+        self.num_key_value_groups: int = config.num_attention_heads // config.attn_experts
+        self.head_dim: int = config.head_dim
+        self.scaling: float = self.head_dim**-0.5
+        self.is_causal = True
+        queries, hidden = self.num_key_value_groups * self.head_dim, config.hidden_size
+        self.q_proj = nn.Parameter(torch.empty(self.num_experts, queries, hidden))
+        self.k_proj = nn.Parameter(torch.empty(self.num_experts, self.head_dim, hidden))
+        self.v_proj = nn.Parameter(torch.empty(self.num_experts, self.head_dim, hidden))
+        self.o_proj = nn.Parameter(torch.empty(self.num_experts, hidden, queries))
+
+    def forward(
         self,
         x_TD: torch.Tensor,
         packed: _Packed,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        document_BS: torch.Tensor | None,
-        past_key_values: Cache | None,
+        document_BS: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
     ) -> torch.Tensor:
-        """Run every expert over its tokens: [N, D], without weights."""
-        experts, heads, size = self.experts, self.num_key_value_groups, self.head_dim
+        """Run every expert over its tokens: [N, D], without routing weights."""
+        experts, heads, size = self.num_experts, self.num_key_value_groups, self.head_dim
         batch, P = len(packed.count_BE), packed.longest
         x_ND = x_TD[packed.token_N]
-        q_NHd = _by_expert(x_ND, experts.q_proj, packed).unflatten(1, (heads, size))
-        k_Nd = _by_expert(x_ND, experts.k_proj, packed)
-        v_Nd = _by_expert(x_ND, experts.v_proj, packed)
+        q_NHd = _by_expert(x_ND, self.q_proj, packed).unflatten(1, (heads, size))
+        k_Nd = _by_expert(x_ND, self.k_proj, packed)
+        v_Nd = _by_expert(x_ND, self.v_proj, packed)
         cos_Nd, sin_Nd = (
             table.expand(batch, -1, -1).flatten(0, 1)[packed.token_N]
             for table in position_embeddings
@@ -283,11 +292,11 @@ class ExpertAttention(nn.Module):
         q_NHd = q_NHd * cos_Nd[:, None] + rotate_half(q_NHd) * sin_Nd[:, None]
         k_Nd = k_Nd * cos_Nd + rotate_half(k_Nd) * sin_Nd
 
-        slots = batch * experts.num_experts * P
+        slots = batch * experts * P
         q_BEPHd, k_BEPd, v_BEPd = (
             rows.new_zeros(slots, *rows.shape[1:])
             .index_copy(0, packed.slot_N, rows)
-            .view(batch, experts.num_experts, P, *rows.shape[1:])
+            .view(batch, experts, P, *rows.shape[1:])
             for rows in (q_NHd, k_Nd, v_Nd)
         )
         before_BE = None
@@ -305,11 +314,8 @@ class ExpertAttention(nn.Module):
             dropout=self.config.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
         )
-        out_NHd = out.reshape(slots, heads * size)[packed.slot_N]
-        y_ND = _by_expert(out_NHd, experts.o_proj, packed)
-        if experts.output_bias is not None:
-            y_ND = y_ND + experts.output_bias[packed.expert_N]
-        return y_ND
+        out_NQ = out.reshape(slots, heads * size)[packed.slot_N]
+        return _by_expert(out_NQ, self.o_proj, packed)
 
     def _mask(
         self,

@@ -149,7 +149,7 @@ def conversion() -> list[Any]:
         ),
         WeightConverter(
             f"{mlp}.experts.*.w2.bias",
-            f"{mlp}.experts.output_bias",
+            f"{mlp}.output_bias.weight",
             operations=[MergeModulelist(dim=0)],
         ),
         *(
@@ -162,7 +162,7 @@ def conversion() -> list[Any]:
         ),
         WeightConverter(
             f"{attention}.o_proj.*.bias",
-            f"{attention}.experts.output_bias",
+            f"{attention}.output_bias.weight",
             operations=[MergeModulelist(dim=0)],
         ),
         *(

@@ -37,14 +37,14 @@ from transformers.utils.output_capturing import capture_outputs
 
 from moesaic.core.console import note
 from moesaic.core.errors import UserError, unknown
-from moesaic.models.attention_moe import AttentionExperts, ExpertAttention, prepare_cache
-from moesaic.models.decoder import (
-    Experts,
-    MoEPreTrainedModel,
-    SoftmaxRouter,
-    layer_balance,
-    pooled_balance,
+from moesaic.models.attention_moe import (
+    AttentionExperts,
+    ExpertAttention,
+    ExpertBias,
+    prepare_cache,
 )
+from moesaic.models.balance import layer_balance, pooled_balance
+from moesaic.models.decoder import Experts, MoEPreTrainedModel, SoftmaxRouter
 from moesaic.models.family import Family
 from moesaic.models.llama_moe_v2_layouts import conversion
 from moesaic.models.padding import last_tokens, share_of_step, valid_tokens
@@ -263,22 +263,6 @@ class LlamaMoEV2QuestionAnsweringOutput(LlamaMoEV2ModelOutput):
     end_logits: torch.Tensor | None = None
 
 
-class LlamaMoEV2Experts(Experts):
-    """The routed experts of a layer; `output_bias` [E, D] where `add_rescale_bias` asks for it.
-
-    The block adds the biases, with the routing weights, so that every implementation takes these
-    experts.
-    """
-
-    def __init__(self, config: LlamaMoEV2Config) -> None:
-        super().__init__(config, experts=config.num_local_experts, width=config.intermediate_size)
-        self.output_bias = (
-            nn.Parameter(torch.empty(self.num_experts, self.hidden_dim))
-            if config.add_rescale_bias
-            else None
-        )
-
-
 class LlamaMoEV2MLP(nn.Module):
     """A dense MLP w2(act(w1 x) * w3 x): of a contract layer, or beside the experts."""
 
@@ -306,7 +290,14 @@ class LlamaMoEV2SparseBlock(nn.Module):
             config.num_experts_per_tok,
             renormalise=True,
         )
-        self.experts = LlamaMoEV2Experts(config)
+        self.experts = Experts(
+            config, experts=config.num_local_experts, width=config.intermediate_size
+        )
+        self.output_bias = (
+            ExpertBias(config.num_local_experts, config.hidden_size)
+            if config.add_rescale_bias
+            else None
+        )
 
     def forward(self, x_BSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the output [B, S, D], the router's logits [T, E] and the ids [T, K]."""
@@ -315,10 +306,8 @@ class LlamaMoEV2SparseBlock(nn.Module):
         if self.config.scale_factor is not None:
             weights_TK = weights_TK * self.config.scale_factor
         y_TD = self.experts(x_TD, ids_TK, weights_TK)
-        bias_ED = self.experts.output_bias
-        if bias_ED is not None:
-            share_TE = weights_TK.new_zeros(logits_TE.shape).scatter(1, ids_TK, weights_TK)
-            y_TD = y_TD + share_TE @ bias_ED
+        if self.output_bias is not None:
+            y_TD = y_TD + self.output_bias(ids_TK, weights_TK)
         return y_TD.view_as(x_BSD), logits_TE, ids_TK
 
 
@@ -408,11 +397,10 @@ class LlamaMoEV2PreTrainedModel(MoEPreTrainedModel):
         if isinstance(module, AttentionExperts):
             for projection in (module.q_proj, module.k_proj, module.v_proj, module.o_proj):
                 init.normal_(projection, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, ExpertBias):
+            init.zeros_(module.weight)
         else:
             super()._init_weights(module)
-        bias = getattr(module, "output_bias", None)
-        if isinstance(bias, torch.Tensor):
-            init.zeros_(bias)
 
 
 class LlamaMoEV2Model(LlamaMoEV2PreTrainedModel):
