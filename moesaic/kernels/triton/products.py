@@ -14,7 +14,8 @@ import torch
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from moesaic.kernels.triton.hopper import outer_kernel, rows_kernel
+from moesaic.kernels.triton.hopper_outer import outer_kernel
+from moesaic.kernels.triton.hopper_rows import rows_kernel
 from moesaic.kernels.triton.metadata import Routing
 
 BK = 64
@@ -27,7 +28,7 @@ class Launch:
     """How one product is launched: tile width, ring stages, tiles a group, persistence."""
 
     width: int = 256
-    stages: int = 3
+    stages: int = 4
     group_m: int = 8
     persistent: bool = True
 
@@ -45,6 +46,13 @@ def _processors(device: torch.device) -> int:
 
 def _programs(device: torch.device, tiles: int, launch: Launch) -> int:
     return max(1, min(tiles, _processors(device)) if launch.persistent else tiles)
+
+
+def _warps(*, gather: bool) -> dict[str, int]:
+    """Warps and registers of the partitions; a gathering producer computes addresses."""
+    if not gather:
+        return dict(PRODUCER_WARPS=1, CONSUMER_REGS=240, PRODUCER_REGS=24, num_warps=4)
+    return dict(PRODUCER_WARPS=4, CONSUMER_REGS=224, PRODUCER_REGS=56, num_warps=4)
 
 
 def _cut(n: int, by: int) -> int:
@@ -71,7 +79,7 @@ def _rows(
     flat = b.view(-1, b.shape[-1])
     names = ("out", "out2", "out3", "h", "h2")
     descriptors = {
-        f"{name}_desc": _descriptor(outputs[name], 64, width) if name in outputs else None
+        f"{name}_desc": _descriptor(outputs[name], 64, 64) if name in outputs else None
         for name in names
     }
     pointers = {
@@ -97,16 +105,14 @@ def _rows(
         out3_stride=outputs["out3"].stride(0) if "out3" in outputs else 0,
         EPILOGUE=epilogue,
         GATHER=gather,
+        EVEN_K=a.shape[1] % BK == 0,
         B_KMAJOR=k_major,
         KEEP_H=keep_h,
         BN=launch.width,
         BK=BK,
         STAGES=launch.stages,
         GROUP_M=launch.group_m,
-        PRODUCER_WARPS=4 if gather else 1,
-        CONSUMER_REGS=224 if gather else 240,
-        PRODUCER_REGS=56 if gather else 24,
-        num_warps=4,
+        **_warps(gather=gather),
     )
 
 
@@ -172,36 +178,38 @@ def activation_gradient(
 
 
 def outer(
-    a: torch.Tensor, b: torch.Tensor, routing: Routing, launch: Launch, *, gather_a: bool
+    a_TM: torch.Tensor,
+    b_NC: torch.Tensor,
+    routing: Routing,
+    launch: Launch,
+    *,
+    transposed: bool = False,
 ) -> torch.Tensor:
-    """Return [E, M, N']: the sum over an expert's rows of a[s] (x) b[s]; one of them is per token.
+    """Return [E, M, C], the sum over an expert's rows s of a[token of s] (x) b[s].
 
-    `gather_a`: a is [T, M] and b is [N, N'] sorted; otherwise a is sorted and b is per token.
+    `transposed`: [E, C, M] instead.
     """
-    experts, m, n = routing.ends_E.shape[0], a.shape[1], b.shape[1]
-    out = a.new_empty(experts, m, n)
+    experts, m, n = routing.ends_E.shape[0], a_TM.shape[1], b_NC.shape[1]
+    out = a_TM.new_empty((experts, n, m) if transposed else (experts, m, n))
     tiles = experts * _cut(m, TILE_ROWS) * _cut(n, launch.width)
-    outer_kernel[(_programs(a.device, tiles, launch),)](
-        a_desc=_descriptor(a, BK, 64),
-        a_ptr=a,
-        b_desc=_descriptor(b, BK, launch.width),
-        b_ptr=b,
+    outer_kernel[(_programs(a_TM.device, tiles, launch),)](
+        a_desc=_descriptor(a_TM, BK, 64),
+        a_ptr=a_TM,
         token_ptr=routing.token_N,
+        b_desc=_descriptor(b_NC, BK, launch.width),
         ends_ptr=routing.ends_E,
-        out_desc=_descriptor(out.view(-1, n), 64, launch.width),
+        out_desc=_descriptor(out.view(-1, out.shape[2]), 64, 64),
         out_ptr=out,
         experts=experts,
         M=m,
         N=n,
-        GATHER_A=gather_a,
+        EVEN_M=m % TILE_ROWS == 0,
+        TRANSPOSED=transposed,
         BM=TILE_ROWS,
         BN=launch.width,
         BK=BK,
         STAGES=launch.stages,
         GROUP_M=launch.group_m,
-        PRODUCER_WARPS=4,
-        CONSUMER_REGS=224,
-        PRODUCER_REGS=56,
-        num_warps=4,
+        **_warps(gather=True),
     )
     return out

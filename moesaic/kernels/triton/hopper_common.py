@@ -1,0 +1,91 @@
+"""What the Hopper kernels share: tile order, the store of a chunk, names of two Triton versions.
+
+A consumer warpgroup multiplies 64 tile rows and gives its result away in chunks of 64 columns:
+through one of two buffers of shared memory into a tensor-memory store, so that a chunk is written
+while the one before still leaves.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+
+# Names that changed between Triton 3.6 and 3.9.
+sync = getattr(gl, "thread_barrier", None) or gl.barrier
+tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+cp_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+
+HALF = gl.constexpr(64)
+"""Rows of a tile that one consumer warpgroup multiplies."""
+CHUNK = gl.constexpr(64)
+"""Columns of a result that leave at once."""
+
+
+@gluon.jit
+def swizzle(tile, tiles_m, tiles_n, GROUP_M: gl.constexpr):
+    """Order tiles so that GROUP_M row tiles share the weights that lie in the cache."""
+    group = tile // (GROUP_M * tiles_n)
+    first = group * GROUP_M
+    height = gl.minimum(tiles_m - first, GROUP_M)
+    within = tile - group * (GROUP_M * tiles_n)
+    return first + within % height, within // height
+
+
+@gluon.jit
+def halves(x):
+    """Split [rows, columns] into its left and right columns; no data moves between threads."""
+    return x.reshape((x.shape[0], 2, x.shape[1] // 2)).permute((0, 2, 1)).split()
+
+
+@gluon.jit
+def chunks(x):
+    """Split [64, columns] into a tuple of [64, 64] chunks, left to right."""
+    if x.shape[1] == CHUNK:
+        result = (x,)
+    else:
+        left, right = halves(x)
+        result = chunks(left) + chunks(right)
+    return result
+
+
+@gluon.jit
+def release(empty, it, STAGES: gl.constexpr, pred):
+    """Tell the producer that the stage of step `it` may be filled again."""
+    mbarrier.arrive(empty.index((it + STAGES) % STAGES), count=1, pred=pred)
+
+
+@gluon.jit
+def emit(
+    value, buffers, TURN: gl.constexpr, desc, ptr, stride, row, column, valid, columns,
+    TRANSPOSED: gl.constexpr = False,
+):  # fmt: skip
+    """Give a [64, 64] chunk to (row, column) of a matrix, of whose rows `valid` are ours.
+
+    By tensor memory when all are; else masked, since the next rows are another expert's. TRANSPOSED
+    gives the chunk's transpose.
+    """
+    buffer = buffers.index(TURN % 2)
+    whole = valid >= HALF
+    if whole:
+        tma.store_wait(1)
+    else:
+        tma.store_wait(0)
+    sync()
+    if TRANSPOSED:
+        buffer.permute((1, 0)).store(value)
+    else:
+        buffer.store(value)
+    fence_async_shared()
+    sync()
+    if whole:
+        tma_store(desc, [row, column], buffer)
+    elif valid > 0:
+        layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+        r = gl.arange(0, HALF, layout=gl.SliceLayout(1, layout))
+        c = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, layout))
+        where = ptr + (row + r).to(gl.int64)[:, None] * stride + (column + c)[None, :]
+        mask = (r < valid)[:, None] & ((column + c) < columns)[None, :]
+        gl.store(where, buffer.load(layout), mask=mask)

@@ -1,0 +1,166 @@
+"""Weight gradients on Hopper, in Gluon: sums of outer products over each expert's rows.
+
+out[e] = sum over the sorted rows s of expert e of a[token of s] (x) b[s]. The per-token matrix is
+gathered inside the kernel, 128 columns a tile; see `hopper_rows` for the partitions and the ring.
+An expert without rows gets zeros. No atomics: one program writes an element.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from moesaic.kernels.triton.hopper_common import (
+    CHUNK,
+    HALF,
+    chunks,
+    cp_async,
+    emit,
+    release,
+    swizzle,
+    sync,
+    tma_load,
+)
+
+
+@gluon.jit
+def _producer(
+    a_ptr, token_ptr, b_desc, ends_ptr, a_smem, b_smem, full, empty, experts, M, N,
+    EVEN_M: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
+    STAGES: gl.constexpr, GROUP_M: gl.constexpr,
+):  # fmt: skip
+    tiles_m = gl.cdiv(M, BM)
+    tiles_n = gl.cdiv(N, BN)
+    per_expert = tiles_m * tiles_n
+    it = 0
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
+    r = gl.arange(0, BK, layout=gl.SliceLayout(1, layout))
+    c = gl.arange(0, HALF, layout=gl.SliceLayout(0, layout))
+    for tile in range(gl.program_id(0), experts * per_expert, gl.num_programs(0)):
+        expert = tile // per_expert
+        m, n = swizzle(tile - expert * per_expert, tiles_m, tiles_n, GROUP_M)
+        begin = gl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
+        end = gl.load(ends_ptr + expert)
+        base = a_ptr + m * BM
+        # Two steps of token ids are under way, so that no copy waits for its row's number.
+        token = gl.load(token_ptr + begin + r, mask=begin + r < end, other=0)
+        next_token = gl.load(token_ptr + begin + BK + r, mask=begin + BK + r < end, other=0)
+        for row in range(begin, end, BK):
+            stage = it % STAGES
+            bar = full.index(stage)
+            after = row + 2 * BK + r
+            where = base + token.to(gl.int64)[:, None] * M + c[None, :]
+            mine = (r < end - row)[:, None]
+            token = next_token
+            next_token = gl.load(token_ptr + after, mask=after < end, other=0)
+            mbarrier.wait(empty.index(stage), ((it // STAGES) & 1) ^ 1)
+            mbarrier.expect(bar, BN * BK * 2)
+            tma_load(b_desc, [row, n * BN], bar, b_smem.index(stage))
+            # Rows past the end are copied as zeros: b's rows there are the next expert's.
+            if EVEN_M:
+                cp_async(a_smem.index(2 * stage), where, mask=mine)
+                cp_async(a_smem.index(2 * stage + 1), where + HALF, mask=mine)
+            else:
+                left = M - m * BM
+                cp_async(a_smem.index(2 * stage), where, mask=mine & (c < left)[None, :])
+                cp_async(
+                    a_smem.index(2 * stage + 1), where + HALF, mask=mine & (c < left - HALF)[None, :]
+                )
+            async_copy.mbarrier_arrive(bar, increment_count=False)
+            it += 1
+
+
+@gluon.jit
+def _consumer(
+    a_smem, b_smem, buffers, full, empty, ends_ptr, out_desc, out_ptr, experts, M, N,
+    WG: gl.constexpr, TRANSPOSED: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+    BK: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
+):  # fmt: skip
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    dtype: gl.constexpr = out_ptr.dtype.element_ty
+    tiles_m = gl.cdiv(M, BM)
+    tiles_n = gl.cdiv(N, BN)
+    per_expert = tiles_m * tiles_n
+    it = 0
+    for tile in range(gl.program_id(0), experts * per_expert, gl.num_programs(0)):
+        expert = tile // per_expert
+        m, n = swizzle(tile - expert * per_expert, tiles_m, tiles_n, GROUP_M)
+        begin = gl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
+        end = gl.load(ends_ptr + expert)
+        acc = gl.zeros((HALF, BN), gl.float32, layout=mma)
+        for row in range(begin, end, BK):
+            stage = it % STAGES
+            mbarrier.wait(full.index(stage), (it // STAGES) & 1)
+            fence_async_shared()
+            a = a_smem.index(2 * stage + WG).permute((1, 0))
+            acc = warpgroup_mma(a, b_smem.index(stage), acc, is_async=True)
+            acc = warpgroup_mma_wait(1, deps=(acc,))
+            release(empty, it - 1, STAGES, row > begin)
+            it += 1
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        release(empty, it - 1, STAGES, end > begin)
+        parts = chunks(acc.to(dtype))
+        first = m * BM + WG * HALF
+        for j in gl.static_range(BN // CHUNK):
+            at = n * BN + j * CHUNK
+            if TRANSPOSED:
+                emit(
+                    parts[j], buffers, j, out_desc, out_ptr, M, expert * N + at, first, N - at, M,
+                    TRANSPOSED=True,
+                )  # fmt: skip
+            else:
+                emit(
+                    parts[j], buffers, j, out_desc, out_ptr, N, expert * M + first, at, M - first, N
+                )
+    tma.store_wait(0)
+
+
+@gluon.jit
+def outer_kernel(
+    a_desc, a_ptr, token_ptr, b_desc, ends_ptr, out_desc, out_ptr, experts, M, N,
+    EVEN_M: gl.constexpr, TRANSPOSED: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+    BK: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
+    PRODUCER_WARPS: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
+):  # fmt: skip
+    """out[e, m, n] = sum over rows s of expert e of a[token of s, m] * b[s, n].
+
+    out is [E * M, N], or [E * N, M] if TRANSPOSED.
+    """
+    dtype: gl.constexpr = out_ptr.dtype.element_ty
+    a_smem = gl.allocate_shared_memory(dtype, [2 * STAGES, BK, HALF], a_desc.layout)
+    b_smem = gl.allocate_shared_memory(dtype, [STAGES, BK, BN], b_desc.layout)
+    buffers0 = gl.allocate_shared_memory(dtype, [2, HALF, CHUNK], out_desc.layout)
+    buffers1 = gl.allocate_shared_memory(dtype, [2, HALF, CHUNK], out_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1 + 32 * PRODUCER_WARPS)
+        mbarrier.init(empty.index(i), count=2)
+    fence_async_shared()
+    sync()
+    gl.warp_specialize(
+        [
+            (_consumer, (
+                a_smem, b_smem, buffers0, full, empty, ends_ptr, out_desc, out_ptr,
+                experts, M, N, 0, TRANSPOSED, BM, BN, BK, STAGES, GROUP_M,
+            )),
+            (_consumer, (
+                a_smem, b_smem, buffers1, full, empty, ends_ptr, out_desc, out_ptr,
+                experts, M, N, 1, TRANSPOSED, BM, BN, BK, STAGES, GROUP_M,
+            )),
+            (_producer, (
+                a_ptr, token_ptr, b_desc, ends_ptr, a_smem, b_smem, full, empty, experts, M, N,
+                EVEN_M, BM, BN, BK, STAGES, GROUP_M,
+            )),
+        ],
+        [4, PRODUCER_WARPS],
+        [CONSUMER_REGS, PRODUCER_REGS],
+    )  # fmt: skip

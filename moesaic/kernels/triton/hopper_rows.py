@@ -1,0 +1,309 @@
+"""Products along sorted rows on Hopper, in Gluon: a loading partition feeds two multiplying ones.
+
+out[s] = a[s] @ weight[expert of s] for S routed rows sorted by expert. Persistent: a program walks
+over tiles of 128 rows. Its producer warps fill a ring of shared memory, weights and contiguous rows
+by tensor-memory copies, gathered rows by cp.async through the token index; two consumer warpgroups
+of 64 rows each run wgmma on it and give the results away while the next tile is being loaded.
+Nothing is padded in memory: the last tile of an expert stores only its own rows, and its second
+warpgroup rests when the rows fit into the first. No atomics: one program writes an element.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from moesaic.kernels.triton.hopper_common import (
+    CHUNK,
+    HALF,
+    chunks,
+    cp_async,
+    emit,
+    release,
+    swizzle,
+    sync,
+    tma_load,
+)
+
+
+@gluon.jit
+def _sigmoid(x):
+    return gl.inline_asm_elementwise(
+        "{ .reg .f32 t; mul.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t; add.f32 t, t, 0f3F800000; "
+        "rcp.approx.ftz.f32 $0, t; }",
+        "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _producer(
+    a_desc, a_ptr, token_ptr, b_desc, h_desc, h2_desc, tile_expert_ptr, tile_row_ptr, ends_ptr,
+    count_ptr, a_smem, b_smem, full, empty, N, K, b_rows, second,
+    GATHER: gl.constexpr, EVEN_K: gl.constexpr, B_KMAJOR: gl.constexpr, EPILOGUE: gl.constexpr,
+    BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
+):  # fmt: skip
+    PAIR: gl.constexpr = EPILOGUE == "swiglu"
+    WIDTH: gl.constexpr = BN // 2 if PAIR else BN
+    A_BYTES: gl.constexpr = HALF * BK * 2
+    B_BYTES: gl.constexpr = BN * BK * 2
+    tiles_m = gl.load(count_ptr)
+    tiles_n = gl.cdiv(N, WIDTH)
+    k_tiles = gl.cdiv(K, BK)
+    it = 0
+    for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
+        m, n = swizzle(tile, tiles_m, tiles_n, GROUP_M)
+        expert = gl.load(tile_expert_ptr + m)
+        row = gl.load(tile_row_ptr + m)
+        valid = gl.load(ends_ptr + expert) - row
+        both = valid > HALF
+        b_row = expert * b_rows
+        column = n * WIDTH
+        if GATHER:
+            layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
+            r = gl.arange(0, HALF, layout=gl.SliceLayout(1, layout))
+            c = gl.arange(0, BK, layout=gl.SliceLayout(0, layout))
+            # Rows past the expert's end repeat its last one; they are never stored.
+            first = gl.load(token_ptr + row + gl.minimum(r, valid - 1))
+            other = gl.load(token_ptr + row + gl.minimum(r + HALF, valid - 1))
+            a0 = a_ptr + first.to(gl.int64)[:, None] * K + c[None, :]
+            a1 = a_ptr + other.to(gl.int64)[:, None] * K + c[None, :]
+        for k in range(k_tiles):
+            stage = it % STAGES
+            bar = full.index(stage)
+            mbarrier.wait(empty.index(stage), ((it // STAGES) & 1) ^ 1)
+            if GATHER:
+                mbarrier.expect(bar, B_BYTES)
+            else:
+                mbarrier.expect(bar, B_BYTES + 2 * A_BYTES, pred=both)
+                mbarrier.expect(bar, B_BYTES + A_BYTES, pred=valid <= HALF)
+                tma_load(a_desc, [row, k * BK], bar, a_smem.index(2 * stage))
+                tma_load(a_desc, [row + HALF, k * BK], bar, a_smem.index(2 * stage + 1), pred=both)
+            if PAIR:
+                tma_load(b_desc, [b_row + column, k * BK], bar, b_smem.index(2 * stage))
+                tma_load(b_desc, [b_row + second + column, k * BK], bar, b_smem.index(2 * stage + 1))
+            elif B_KMAJOR:
+                tma_load(b_desc, [b_row + column, k * BK], bar, b_smem.index(stage))
+            else:
+                tma_load(b_desc, [b_row + k * BK, column], bar, b_smem.index(stage))
+            if GATHER:
+                if EVEN_K:
+                    cp_async(a_smem.index(2 * stage), a0)
+                    cp_async(a_smem.index(2 * stage + 1), a1)
+                else:
+                    inside = (k * BK + c < K)[None, :]
+                    cp_async(a_smem.index(2 * stage), a0, mask=inside)
+                    cp_async(a_smem.index(2 * stage + 1), a1, mask=inside)
+                a0 += BK
+                a1 += BK
+                async_copy.mbarrier_arrive(bar, increment_count=False)
+            it += 1
+        if EPILOGUE == "dact":
+            # The rows of h follow through the same ring, a chunk of gate and of up a step.
+            for j in gl.static_range(WIDTH // CHUNK):
+                stage = it % STAGES
+                bar = full.index(stage)
+                mbarrier.wait(empty.index(stage), ((it // STAGES) & 1) ^ 1)
+                mbarrier.expect(bar, 4 * HALF * CHUNK * 2)
+                gate = column + j * CHUNK
+                rest = b_smem.index(stage)._reinterpret(
+                    b_smem.dtype, [BN // CHUNK, HALF, CHUNK], a_smem.layout
+                )
+                tma_load(h_desc, [row, gate], bar, a_smem.index(2 * stage))
+                tma_load(h_desc, [row + HALF, gate], bar, a_smem.index(2 * stage + 1))
+                tma_load(h2_desc, [row, gate], bar, rest.index(0))
+                tma_load(h2_desc, [row + HALF, gate], bar, rest.index(1))
+                async_copy.mbarrier_arrive(bar, increment_count=False)
+                it += 1
+
+
+@gluon.jit
+def _consumer(
+    a_smem, b_smem, buffers, full, empty, tile_expert_ptr, tile_row_ptr, ends_ptr, count_ptr,
+    out_desc, out_ptr, out2_desc, out2_ptr, out3_desc, out3_ptr, weight_ptr, partial_ptr,
+    N, K, out_stride, out3_stride,
+    WG: gl.constexpr, EPILOGUE: gl.constexpr, GATHER: gl.constexpr, B_KMAJOR: gl.constexpr,
+    KEEP_H: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+    GROUP_M: gl.constexpr,
+):  # fmt: skip
+    PAIR: gl.constexpr = EPILOGUE == "swiglu"
+    WIDTH: gl.constexpr = BN // 2 if PAIR else BN
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CHUNK, 16])
+    dtype: gl.constexpr = out_ptr.dtype.element_ty
+    tiles_m = gl.load(count_ptr)
+    tiles_n = gl.cdiv(N, WIDTH)
+    k_tiles = gl.cdiv(K, BK)
+    it = 0
+    for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
+        m, n = swizzle(tile, tiles_m, tiles_n, GROUP_M)
+        expert = gl.load(tile_expert_ptr + m)
+        row = gl.load(tile_row_ptr + m) + WG * HALF
+        valid = gl.load(ends_ptr + expert) - row
+        column = n * WIDTH
+        if valid > 0:
+            acc = gl.zeros((HALF, WIDTH), gl.float32, layout=mma)
+            if PAIR:
+                acc_up = gl.zeros((HALF, WIDTH), gl.float32, layout=mma)
+            for k in range(k_tiles):
+                stage = it % STAGES
+                mbarrier.wait(full.index(stage), (it // STAGES) & 1)
+                if GATHER:
+                    fence_async_shared()
+                a = a_smem.index(2 * stage + WG)
+                if PAIR:
+                    b_gate = b_smem.index(2 * stage).permute((1, 0))
+                    b_up = b_smem.index(2 * stage + 1).permute((1, 0))
+                    acc = warpgroup_mma(a, b_gate, acc, is_async=True)
+                    acc_up = warpgroup_mma(a, b_up, acc_up, is_async=True)
+                    acc, acc_up = warpgroup_mma_wait(2, deps=(acc, acc_up))
+                else:
+                    b = b_smem.index(stage)
+                    if B_KMAJOR:
+                        b = b.permute((1, 0))
+                    acc = warpgroup_mma(a, b, acc, is_async=True)
+                    acc = warpgroup_mma_wait(1, deps=(acc,))
+                release(empty, it - 1, STAGES, k > 0)
+                it += 1
+            if PAIR:
+                acc, acc_up = warpgroup_mma_wait(0, deps=(acc, acc_up))
+            else:
+                acc = warpgroup_mma_wait(0, deps=(acc,))
+            release(empty, it - 1, STAGES, True)
+            if EPILOGUE == "plain":
+                parts = chunks(acc.to(dtype))
+                for j in gl.static_range(WIDTH // CHUNK):
+                    emit(
+                        parts[j], buffers, j, out_desc, out_ptr, out_stride, row,
+                        column + j * CHUNK, valid, N,
+                    )  # fmt: skip
+            elif EPILOGUE == "swiglu":
+                gates = chunks(acc.to(dtype))
+                ups = chunks(acc_up.to(dtype))
+                COUNT: gl.constexpr = WIDTH // CHUNK
+                for j in gl.static_range(COUNT):
+                    at = column + j * CHUNK
+                    # From the rounded h, as the backward pass will see it.
+                    gate = gates[j].to(gl.float32)
+                    value = (gate * _sigmoid(gate) * ups[j].to(gl.float32)).to(dtype)
+                    emit(value, buffers, j, out3_desc, out3_ptr, out3_stride, row, at, valid, N)
+                if KEEP_H:
+                    for j in gl.static_range(COUNT):
+                        at = column + j * CHUNK
+                        emit(
+                            gates[j], buffers, COUNT + j, out_desc, out_ptr, out_stride, row, at,
+                            valid, N,
+                        )  # fmt: skip
+                    for j in gl.static_range(COUNT):
+                        at = column + j * CHUNK
+                        emit(
+                            ups[j], buffers, 2 * COUNT + j, out2_desc, out2_ptr, out_stride, row,
+                            at, valid, N,
+                        )  # fmt: skip
+            else:
+                r = gl.arange(0, HALF, layout=gl.SliceLayout(1, narrow))
+                weight = gl.load(weight_ptr + row + gl.minimum(r, valid - 1))[:, None]
+                part = gl.zeros((HALF,), gl.float32, layout=gl.SliceLayout(1, narrow))
+                parts = chunks(acc)
+                for j in gl.static_range(WIDTH // CHUNK):
+                    stage = it % STAGES
+                    mbarrier.wait(full.index(stage), (it // STAGES) & 1)
+                    rest = b_smem.index(stage)._reinterpret(
+                        b_smem.dtype, [BN // CHUNK, HALF, CHUNK], a_smem.layout
+                    )
+                    gate = a_smem.index(2 * stage + WG).load(narrow).to(gl.float32)
+                    up = rest.index(WG).load(narrow).to(gl.float32)
+                    sync()
+                    release(empty, it, STAGES, True)
+                    it += 1
+                    at = column + j * CHUNK
+                    da = gl.convert_layout(parts[j], narrow)
+                    s = _sigmoid(gate)
+                    act = gate * s
+                    a = act * up
+                    # Columns past the width are zero on both sides: they add nothing.
+                    part += gl.sum(da * a, axis=1)
+                    da = da * weight
+                    d_up = (da * act).to(dtype)
+                    d_gate = (da * up * (s + act - act * s)).to(dtype)
+                    wa = (a * weight).to(dtype)
+                    emit(d_gate, buffers, 3 * j, out_desc, out_ptr, out_stride, row, at, valid, N)
+                    emit(d_up, buffers, 3 * j + 1, out2_desc, out2_ptr, out_stride, row, at, valid, N)
+                    emit(wa, buffers, 3 * j + 2, out3_desc, out3_ptr, out3_stride, row, at, valid, N)
+                gl.store(partial_ptr + (row + r) * tiles_n + n, part, mask=r < valid)
+        else:
+            STEPS: gl.constexpr = WIDTH // CHUNK if EPILOGUE == "dact" else 0
+            for k in range(k_tiles + STEPS):
+                mbarrier.wait(full.index(it % STAGES), (it // STAGES) & 1)
+                release(empty, it, STAGES, True)
+                it += 1
+    tma.store_wait(0)
+
+
+@gluon.jit
+def rows_kernel(
+    a_desc, a_ptr, token_ptr, b_desc, out_desc, out_ptr, out2_desc, out2_ptr, out3_desc, out3_ptr,
+    h_desc, h2_desc, weight_ptr, partial_ptr, tile_expert_ptr, tile_row_ptr, ends_ptr, count_ptr,
+    N, K, b_rows, second, out_stride, out3_stride,
+    EPILOGUE: gl.constexpr, GATHER: gl.constexpr, EVEN_K: gl.constexpr, B_KMAJOR: gl.constexpr,
+    KEEP_H: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+    GROUP_M: gl.constexpr,
+    PRODUCER_WARPS: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
+):  # fmt: skip
+    """One of the four products along rows.
+
+    EPILOGUE "plain": out[s] = a[s] @ B. "swiglu": B's tile is a pair of gate and up rows; out, out2
+    take the halves of h (if KEEP_H), out3 takes a = silu(gate) * up. "dact": the product is da; with
+    h read back, out, out2 take the halves of dh, out3 takes weight * a and partial the sums <da, a>
+    of each tile. N counts the columns of `out`; `second` is the distance of the up rows from the
+    gate rows; `b_rows` the rows of B an expert has.
+    """
+    PAIR: gl.constexpr = EPILOGUE == "swiglu"
+    dtype: gl.constexpr = a_ptr.dtype.element_ty
+    a_smem = gl.allocate_shared_memory(dtype, [2 * STAGES, HALF, BK], a_desc.layout)
+    if PAIR:
+        b_smem = gl.allocate_shared_memory(dtype, [2 * STAGES, BN // 2, BK], b_desc.layout)
+    elif B_KMAJOR:
+        b_smem = gl.allocate_shared_memory(dtype, [STAGES, BN, BK], b_desc.layout)
+    else:
+        b_smem = gl.allocate_shared_memory(dtype, [STAGES, BK, BN], b_desc.layout)
+    buffers0 = gl.allocate_shared_memory(dtype, [2, HALF, CHUNK], out_desc.layout)
+    buffers1 = gl.allocate_shared_memory(dtype, [2, HALF, CHUNK], out_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    # Every gathering thread arrives when its copies have, and tensor memory counts for one.
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1 + (32 * PRODUCER_WARPS if GATHER else 0))
+        mbarrier.init(empty.index(i), count=2)
+    fence_async_shared()
+    sync()
+    gl.warp_specialize(
+        [
+            (_consumer, (
+                a_smem, b_smem, buffers0, full, empty, tile_expert_ptr, tile_row_ptr, ends_ptr,
+                count_ptr, out_desc, out_ptr, out2_desc, out2_ptr, out3_desc, out3_ptr, weight_ptr,
+                partial_ptr, N, K, out_stride, out3_stride,
+                0, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES, GROUP_M,
+            )),
+            (_consumer, (
+                a_smem, b_smem, buffers1, full, empty, tile_expert_ptr, tile_row_ptr, ends_ptr,
+                count_ptr, out_desc, out_ptr, out2_desc, out2_ptr, out3_desc, out3_ptr, weight_ptr,
+                partial_ptr, N, K, out_stride, out3_stride,
+                1, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES, GROUP_M,
+            )),
+            (_producer, (
+                a_desc, a_ptr, token_ptr, b_desc, h_desc, h2_desc, tile_expert_ptr, tile_row_ptr,
+                ends_ptr, count_ptr, a_smem, b_smem, full, empty, N, K, b_rows, second,
+                GATHER, EVEN_K, B_KMAJOR, EPILOGUE, BN, BK, STAGES, GROUP_M,
+            )),
+        ],
+        [4, PRODUCER_WARPS],
+        [CONSUMER_REGS, PRODUCER_REGS],
+    )  # fmt: skip
