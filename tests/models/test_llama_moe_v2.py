@@ -341,6 +341,16 @@ def test_all_attention_experts_on_equals_dense(experts):
     assert torch.equal(greedy(model, ids(), 6), greedy(source, ids(), 6))
 
 
+def test_with_all_experts_on_a_window_means_the_same_to_both_attentions():
+    source, on = dense(), {"num_experts_per_tok": 4, "scale_factor": 4.0, "sliding_window": 3}
+    plain = converted(source, config(**on))
+    experts = converted(source, attention_config(**on, top_k_attn=4, scale_factor_attn=4.0))
+    with torch.no_grad():
+        wanted = plain(ids()).logits
+        torch.testing.assert_close(experts(ids()).logits, wanted, atol=2e-5, rtol=1e-5)
+        assert not torch.allclose(source(ids()).logits, wanted, atol=1e-2)
+
+
 # ---------------------------------------------------------------- attention experts
 
 
@@ -520,6 +530,38 @@ def test_bf16_and_autocast_stay_near_float32():
         for found in (mixed, low):
             # the median: a token that flips to another expert is far off, and right
             assert (found.float() - wanted).abs().median() < 0.01
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fields", [config, attention_config])
+def test_on_a_gpu_it_computes_the_same(fields):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    model, tokens = tiny(fields(add_rescale_bias=True)), ids(2, 24)
+    mask = torch.ones_like(tokens)
+    mask[1, :7] = 0
+    real = mask.bool()
+    model(tokens, attention_mask=mask, labels=tokens).loss.backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    with torch.no_grad():
+        wanted = model(tokens, attention_mask=mask).logits[real]
+    model.zero_grad()
+    model.cuda()
+    on_gpu = {"input_ids": tokens.cuda(), "attention_mask": mask.cuda()}
+    model(**on_gpu, labels=tokens.cuda()).loss.backward()
+    for name, parameter in model.named_parameters():
+        if name in grads:
+            torch.testing.assert_close(parameter.grad.cpu(), grads[name], atol=1e-3, rtol=1e-2)
+    with torch.no_grad():
+        found = model(**on_gpu).logits.cpu()[real]
+        torch.testing.assert_close(found, wanted, atol=1e-3, rtol=1e-3)
+        low = model.bfloat16()(**on_gpu).logits.float().cpu()[real]
+    assert (low - wanted).abs().median() < 0.02
+    cached, recomputed = (
+        greedy(model, tokens[:1].cuda(), 8, use_cache=cache, attention_mask=None)
+        for cache in (True, False)
+    )
+    assert cached.shape == recomputed.shape == (1, 32)
 
 
 # ---------------------------------------------------------------- balance loss
