@@ -680,6 +680,8 @@ def test_anatomy_tells_attention_experts_from_mlp_experts():
         (1, "mlp", 4, 2),
         (2, "attention", 4, 2),
     ]
+    residual = moesaic.anatomy(FAMILIES / "llama_moe_v2_residual").layers
+    assert [(m.num_experts, m.top_k, m.num_shared) for m in residual] == [(7, 1, 1)] * 2
 
 
 @pytest.mark.parametrize(
