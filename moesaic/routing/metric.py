@@ -61,6 +61,15 @@ class Metric(ABC):
         self.sums = {name: part.astype(self.sums[name].dtype) for name, part in parts.items()}
         self.seen_D = np.asarray(state["seen"]).astype(np.int64)
 
+    def pooled(self) -> Iterator[tuple[str, dict[str, NDArray[Any]]]]:
+        """Yield (domain, its sums), and last ("all", the sums of all domains together).
+
+        For metrics whose sums all have the domains as their first axis.
+        """
+        for place, name in enumerate(self.space.domains):
+            yield name, {key: part[place] for key, part in self.sums.items()}
+        yield "all", {key: part.sum(axis=0) for key, part in self.sums.items()}
+
     def _same(self, shapes: Mapping[str, tuple[int, ...]], space: Space) -> None:
         own = {name: part.shape for name, part in self.sums.items()}
         if own != dict(shapes) or space != self.space:

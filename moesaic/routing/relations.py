@@ -41,7 +41,7 @@ def correlation(first: ArrayLike, second: ArrayLike) -> float:
 
 @dataclass(frozen=True, eq=False)
 class DomainFigures:
-    """Domain specialisation: the coefficient of variation of an expert's activation over domains."""
+    """Domain specialisation: how much an expert's activation varies over domains."""
 
     specialisation_LE: NDArray[np.float64]
     """NaN where an expert is active in fewer than two domains."""

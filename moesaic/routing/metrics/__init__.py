@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from moesaic.routing.metric import Metric
     from moesaic.routing.metrics.segment_routing import SegmentFigures
 
-__all__ = ["METRICS", "srp"]
+__all__ = ["METRICS", "position_srp", "srp"]
 
 METRICS: Registry[type[Metric]] = Registry("routing metric", "moesaic.routing.metrics")
 
@@ -64,3 +64,31 @@ def srp(
     metric.update(samples)
     figures = metric.at(segment, level)
     return figures[0] if level != "model" and not samples.layered else figures
+
+
+def position_srp(
+    experts: ArrayLike | Sequence[ArrayLike],
+    *,
+    num_experts: int,
+    segment: int,
+    level: Literal["model", "layer"] = "model",
+    mask: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
+) -> SegmentFigures:
+    """Return the figures of `srp` by where segments start: [P] for "model", [L, P] for "layer".
+
+    P is the length of the longest sample - segment + 1, or 0. Raises UserError.
+    """
+    from moesaic.routing.metrics.position_routing import PositionRouting
+    from moesaic.routing.samples import Space, read_samples
+
+    samples = read_samples(experts, num_experts=num_experts, mask=mask, lengths=lengths)
+    metric = PositionRouting(
+        Space(num_experts, samples.layers),
+        tokens=int(samples.lengths_N.max()),
+        segments=(segment,),
+        level=level,
+    )
+    metric.update(samples)
+    figures = metric.at(segment)
+    return figures[0] if level == "layer" and not samples.layered else figures

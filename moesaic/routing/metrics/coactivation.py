@@ -12,6 +12,7 @@ Notation: D domains, L layers, E experts. Memory: 16 D L E^2 bytes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,24 +71,22 @@ class Coactivation(Metric):
 
     def result(self) -> dict[str, CoactivationFigures]:
         """Return the figures of every domain, and of ``all`` together."""
-        parts = {name: [place] for place, name in enumerate(self.space.domains)}
-        parts["all"] = list(range(len(self.space.domains)))
-        return {name: self._figures(which) for name, which in parts.items()}
+        return {name: _figures(sums) for name, sums in self.pooled()}
 
-    def _figures(self, which: list[int]) -> CoactivationFigures:
-        sums = {key: part[which].sum(axis=0) for key, part in self.sums.items()}
-        together_LEE = sums["together"]
-        alone_LE = np.diagonal(together_LEE, axis1=1, axis2=2)
-        rows_LEE, columns_LEE = alone_LE[:, :, None], alone_LE[:, None, :]
-        either_LEE = rows_LEE + columns_LEE - together_LEE
-        expected_LEE = rows_LEE * columns_LEE / np.maximum(sums["tokens"], 1)[:, None, None]
-        return CoactivationFigures(
-            together_LEE,
-            _share(together_LEE, either_LEE),
-            _share(together_LEE, expected_LEE),
-            _share(sums["kept"][:, 0], sums["kept"][:, 1]),
-            sums["next"],
-        )
+
+def _figures(sums: dict[str, NDArray[Any]]) -> CoactivationFigures:
+    together_LEE = sums["together"]
+    alone_LE = np.diagonal(together_LEE, axis1=1, axis2=2)
+    rows_LEE, columns_LEE = alone_LE[:, :, None], alone_LE[:, None, :]
+    either_LEE = rows_LEE + columns_LEE - together_LEE
+    expected_LEE = rows_LEE * columns_LEE / np.maximum(sums["tokens"], 1)[:, None, None]
+    return CoactivationFigures(
+        together_LEE,
+        _share(together_LEE, either_LEE),
+        _share(together_LEE, expected_LEE),
+        _share(sums["kept"][:, 0], sums["kept"][:, 1]),
+        sums["next"],
+    )
 
 
 def _share(part: NDArray[np.int64], whole: NDArray[np.float64]) -> NDArray[np.float64]:

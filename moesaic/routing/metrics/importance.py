@@ -65,11 +65,8 @@ class Importance(Metric):
 
     def result(self) -> dict[str, ImportanceFigures]:
         """Return the figures of every domain, and of ``all`` together."""
-        parts = {name: [place] for place, name in enumerate(self.space.domains)}
-        parts["all"] = list(range(len(self.space.domains)))
         found = {}
-        for name, which in parts.items():
-            sums = {key: part[which].sum(axis=0) for key, part in self.sums.items()}
+        for name, sums in self.pooled():
             tokens_L = np.where(sums["tokens"] > 0, sums["tokens"], np.nan)
             found[name] = ImportanceFigures(
                 sums["weights"],

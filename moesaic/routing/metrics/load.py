@@ -16,6 +16,7 @@ Notation: D domains, L layers, E experts, N samples.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,23 +68,22 @@ class Load(Metric):
 
     def result(self) -> dict[str, LoadFigures]:
         """Return the figures of every domain, and of ``all`` together."""
-        parts = {name: [place] for place, name in enumerate(self.space.domains)}
-        parts["all"] = list(range(len(self.space.domains)))
-        return {name: self._figures(which) for name, which in parts.items()}
+        return {name: _figures(sums) for name, sums in self.pooled()}
 
-    def _figures(self, which: list[int]) -> LoadFigures:
-        counts_LE = self.sums["counts"][which].sum(axis=0)
-        samples_L = self.sums["samples"][which].sum(axis=0)
-        local_LF = self.sums["local"][which].sum(axis=0) / np.maximum(samples_L, 1)[:, None]
-        local_LF = np.where(samples_L[:, None] > 0, local_LF, np.nan)
-        return LoadFigures(
-            counts_LE,
-            int(self.sums["tokens"][which].sum()),
-            load_share(counts_LE),
-            _balance(counts_LE),
-            dict(zip(FIGURES, local_LF.T, strict=True)),
-            dead_experts(counts_LE),
-        )
+
+def _figures(sums: dict[str, NDArray[Any]]) -> LoadFigures:
+    counts_LE = sums["counts"]
+    samples_L = sums["samples"]
+    local_LF = sums["local"] / np.maximum(samples_L, 1)[:, None]
+    local_LF = np.where(samples_L[:, None] > 0, local_LF, np.nan)
+    return LoadFigures(
+        counts_LE,
+        int(sums["tokens"]),
+        load_share(counts_LE),
+        _balance(counts_LE),
+        dict(zip(FIGURES, local_LF.T, strict=True)),
+        dead_experts(counts_LE),
+    )
 
 
 def sample_counts(samples: Samples) -> NDArray[np.int64]:

@@ -72,7 +72,7 @@ class Vocabulary(Metric):
         """Count words with ids below `vocabulary`, or only those in `words` (from `frequent`)."""
         super().__init__(space)
         self.min_count = min_count
-        self.words = {
+        self.words: dict[str, NDArray[np.int64]] = {
             word: np.arange(vocabulary)
             if words is None or word not in words
             else np.asarray(words[word], dtype=np.int64)
@@ -85,6 +85,7 @@ class Vocabulary(Metric):
             self._place[word] = place
             shape = (space.layers, space.num_experts, len(ids_V))
             self.sums[word] = np.zeros(shape, dtype=np.uint32)
+            self.sums[f"seen {word}"] = np.zeros(len(ids_V), dtype=np.int64)
 
     def add(self, domain: int, rows_N: NDArray[np.int64], samples: Samples) -> None:
         """Add samples. Raises UserError when they have no tokens, or ids outside the vocabulary."""
@@ -108,6 +109,8 @@ class Vocabulary(Metric):
                 )
             place_NT = np.where(ids_NT >= 0, place[ids_NT], -1)
             _count(samples, place_NT, self.sums[word])
+            seen_V = self.sums[f"seen {word}"]
+            seen_V += np.bincount(place_NT[place_NT >= 0], minlength=len(seen_V))
 
     def result(self) -> dict[str, VocabularyFigures]:
         """Return the figures of each kind of word."""
@@ -115,9 +118,7 @@ class Vocabulary(Metric):
 
     def _figures(self, word: Word) -> VocabularyFigures:
         counts_LEV = self.sums[word]
-        # every token counts once in a layer, dropped ones aside: the largest layer has them all
-        seen_V = counts_LEV.sum(axis=1, dtype=np.int64).max(axis=0, initial=0)
-        kept_V = np.flatnonzero(seen_V >= max(1, self.min_count))
+        kept_V = np.flatnonzero(self.sums[f"seen {word}"] >= max(1, self.min_count))
         counts_LEV = counts_LEV[:, :, kept_V].astype(np.int64)
         total_LV = counts_LEV.sum(axis=1)
         frequency_LV = counts_LEV.max(axis=1) / np.maximum(total_LV, 1)
