@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +25,7 @@ from torch import nn
 
 from moesaic.core.console import note
 from moesaic.core.errors import MoesaicError, UserError
-from moesaic.routing.sites import Choice, Heard, Site, find_sites, hear_experts
+from moesaic.routing.sites import Choice, Heard, Site, Stack, find_sites, hear_experts
 
 _KEPT_BYTES = 2**30
 """What may wait on an accelerator before it is moved to the CPU, so that long recordings fit."""
@@ -129,7 +130,7 @@ class Recording(Routes):
     encoder: Routes
     attention: Routes
 
-    def __init__(self, streams: dict[str, _Stream], sites: list[Site]) -> None:
+    def __init__(self, streams: dict[Stack, _Stream], sites: list[Site]) -> None:
         decoder = streams["decoder"]
         here = [site for site in sites if site.stack == "decoder"]
         super().__init__(decoder, [site for site in here if site.kind == "mlp"])
@@ -152,23 +153,89 @@ def recording(model: nn.Module, *, logits: bool = True) -> Iterator[Recording]:
     Raises:
         UserError: the model has no routers.
     """
-    model, compiled = _uncompiled(model)
-    sites = _one_a_layer(find_sites(model))
-    if not sites:
+    inner = getattr(model, "_orig_mod", None)  # what torch.compile(model) wraps
+    model, wrapped = (model, False) if inner is None else (inner, True)
+    plan = _plan(model)
+    if not plan.sites:
         raise UserError(
             f"{type(model).__name__} has no routers: it is a dense model. Record a mixture of "
             "experts."
         )
-    streams = {"decoder": _Stream(), "encoder": _Stream()}
-    recorded = Recording(streams, sites)
+    streams: dict[Stack, _Stream] = {"decoder": _Stream(), "encoder": _Stream()}
+    recorded = Recording(streams, plan.sites)
     with contextlib.ExitStack() as stack:
-        if compiled:
+        if wrapped or plan.compiled(model):
             note("torch.compile: the model runs uncompiled while it is recorded.")
-        if compiled or _may_be_compiled(model):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for handle in _listen(model, sites, streams, logits):
-            stack.callback(handle.remove)
+        elif _may_be_compiled(model):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        handles: list[Any] = []
+        stack.callback(lambda: [handle.remove() for handle in handles])
+        for handle in _listen(model, plan, streams, logits):
+            handles.append(handle)
         yield recorded
+
+
+@dataclass(eq=False)
+class _Plan:
+    """Whom to listen to in one model; walking its modules takes longer than the listening.
+
+    Nothing here refers to the model itself (None stands for it), which would live forever.
+    """
+
+    sites: list[Site]
+    owners: list[tuple[Stack, nn.Module | None, list[str]]]
+    """Stack, the module whose calls are its passes, and the names of that module's arguments."""
+    links: list[tuple[nn.Module | None, str, nn.Module]]
+    """Parent, name, child: what has to be as it was for the plan to hold."""
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _Plan:
+        sites = _one_a_layer(find_sites(model))
+        owners: list[tuple[Stack, nn.Module | None, list[str]]] = []
+        links: dict[tuple[int, str], tuple[nn.Module | None, str, nn.Module]] = {}
+
+        def watch(parent: nn.Module, name: str, child: nn.Module) -> None:
+            links[id(parent), name] = (None if parent is model else parent, name, child)
+
+        for stack, path in dict.fromkeys((site.stack, site.owner) for site in sites):
+            owner = model.get_submodule(path)
+            names = list(inspect.signature(type(owner).forward).parameters)[1:]
+            owners.append((stack, None if owner is model else owner, names))
+            for layers in owner.children():  # dense layers too: they may become mixtures
+                for layer in layers if isinstance(layers, nn.ModuleList) else ():
+                    for name, child in layer.named_children():
+                        watch(layer, name, child)
+        for site in sites:
+            for end in (site.router_path, site.experts_path):
+                parent = model
+                for name in end.split(".") if end else ():
+                    child = parent.get_submodule(name)
+                    watch(parent, name, child)
+                    parent = child
+        return cls(sites, owners, list(links.values()))
+
+    def holds(self, model: nn.Module) -> bool:
+        """Whether no part of the model has been replaced since."""
+        return all(
+            (model if parent is None else parent)._modules.get(name) is child
+            for parent, name, child in self.links
+        )
+
+    def compiled(self, model: nn.Module) -> bool:
+        """Whether the model, a layer or a part of a layer was compiled in place."""
+        modules = [model, *(child for _, _, child in self.links)]
+        return any(getattr(module, "_compiled_call_impl", None) is not None for module in modules)
+
+
+_PLANS: weakref.WeakKeyDictionary[nn.Module, _Plan] = weakref.WeakKeyDictionary()
+
+
+def _plan(model: nn.Module) -> _Plan:
+    plan = _PLANS.get(model)
+    if plan is None or not plan.holds(model):
+        plan = _PLANS[model] = _Plan.of(model)
+    return plan
 
 
 @dataclass(eq=False)
@@ -262,14 +329,14 @@ class _Stream:
 
 
 def _listen(
-    model: nn.Module, sites: list[Site], streams: dict[str, _Stream], logits: bool
+    model: nn.Module, plan: _Plan, streams: dict[Stack, _Stream], logits: bool
 ) -> Iterator[Any]:
     """Register every hook, yielding its handle."""
-    for owner in dict.fromkeys((site.stack, site.owner) for site in sites):
-        stream, module = streams[owner[0]], model.get_submodule(owner[1])
-        yield module.register_forward_pre_hook(_begin(stream, module, logits), with_kwargs=True)
+    for stack, owner, names in plan.owners:
+        stream, module = streams[stack], model if owner is None else owner
+        yield module.register_forward_pre_hook(_begin(stream, names, logits), with_kwargs=True)
         yield module.register_forward_hook(_end(stream))
-    for site in sites:
+    for site in plan.sites:
         stream = streams[site.stack]
         if site.router is not None and (logits or not site.experts_say_all):
             yield site.router.register_forward_hook(_hear_router(stream, site, logits))
@@ -281,9 +348,7 @@ def _listen(
             yield site.logits.register_forward_hook(_hear_logits(stream, site))
 
 
-def _begin(stream: _Stream, module: nn.Module, logits: bool) -> Any:
-    names = list(inspect.signature(type(module).forward).parameters)[1:]
-
+def _begin(stream: _Stream, names: list[str], logits: bool) -> Any:
     def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
             raise MoesaicError(
@@ -392,19 +457,6 @@ def _one_a_layer(sites: list[Site]) -> list[Site]:
         kept = ", ".join(sorted({site.owner for site in chosen.values()}))
         note(f"recording {kept}; not {', '.join(sorted(left_out))}, whose layers have their names.")
     return [site for site in sites if chosen.get((site.stack, site.kind, site.layer)) is site]
-
-
-def _uncompiled(model: nn.Module) -> tuple[nn.Module, bool]:
-    """Return the module itself, and whether it or a part of it was compiled."""
-    inner = getattr(model, "_orig_mod", None)
-    if isinstance(inner, nn.Module):
-        return inner, True
-    if "torch._dynamo" not in sys.modules:
-        return model, False
-    return model, any(
-        getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
-        for module in model.modules()
-    )
 
 
 def _may_be_compiled(model: nn.Module) -> bool:

@@ -58,6 +58,8 @@ class Site:
     kind: Literal["mlp", "attention"]
     stack: Stack
     path: str
+    router_path: str
+    experts_path: str
     owner: str
     """Path of the module that holds the list of layers: its calls are the forward passes."""
     router: nn.Module | None
@@ -151,6 +153,8 @@ def _site(modules: dict[str, nn.Module], router: str | None, experts: str | None
         kind="attention" if attention else "mlp",
         stack="encoder" if _ELSEWHERE.search(owner) else "decoder",
         path=path,
+        router_path=router or "",
+        experts_path=experts or "",
         owner=owner,
         router=module,
         experts=None if experts is None else modules[experts],

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
 from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import moesaic
 from moesaic.core.console import LoggingReporter, reporting
@@ -373,6 +376,37 @@ def test_compiled_models_are_recorded_uncompiled():
     torch._dynamo.reset()
 
 
+def test_replaced_parts_are_noticed():
+    """A second recording of a model whose parts were replaced hears the new ones."""
+    model, other = llama_moe(), llama_moe()
+    with moesaic.recording(model):
+        pass
+    model.model.layers[1].mlp = other.model.layers[0].mlp
+    with torch.no_grad(), moesaic.recording(model) as rec:
+        model(IDS)
+    assert sorted(rec.experts) == [0, 1]
+    model.model.layers[0].mlp = nn.Identity()
+    model.model.layers = model.model.layers[1:]
+    with torch.no_grad(), moesaic.recording(model) as rec:
+        model(IDS)
+    assert sorted(rec.experts) == [0]
+    model.model = other.model
+    with torch.no_grad(), moesaic.recording(model) as rec:
+        model(IDS)
+    assert sorted(rec.experts) == [0, 1]
+
+
+def test_models_are_let_go():
+    model = llama_moe().model
+    with torch.no_grad(), moesaic.recording(model) as rec:
+        model(IDS)
+    assert rec.calls == [0, 24]
+    gone = weakref.ref(model)
+    del model, rec
+    gc.collect()
+    assert gone() is None
+
+
 def test_dense_models_have_nothing_to_record():
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -381,3 +415,82 @@ def test_dense_models_have_nothing_to_record():
     )
     with pytest.raises(UserError, match="dense"), moesaic.recording(LlamaForCausalLM(config)):
         pass
+
+
+SMALL = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "num_experts_per_tok": 2,
+    "top_k_experts": 2,
+    "pad_token_id": 0,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "enable_moe_block": True,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 99,
+    "global_head_dim": 8,
+    "num_global_key_value_heads": 4,
+    "routed_scaling_factor": 2.5,
+    "moe_layer_start_index": 1,
+    "moe_num_experts": 6,
+}
+NATIVE = {  # what is peculiar: scaled in the router, biased choice, probabilities, in the layer
+    "deepseek_v3": ({"n_routed_experts": 6}, [1, 2]),
+    "gpt_oss": ({"num_local_experts": 6}, [0, 1, 2]),
+    "gemma4_text": ({"num_experts": 6}, [0, 1, 2]),
+    "minimax_m2": ({"num_local_experts": 6}, [0, 1, 2]),
+    "ernie4_5_moe": ({}, [1, 2]),
+    "glm4_moe": ({"n_routed_experts": 6}, [1, 2]),
+    "cohere2_moe": ({"num_experts": 6}, [0, 1, 2]),
+}
+
+
+@pytest.mark.parametrize("model_type", NATIVE)
+def test_any_model_with_replaceable_experts(model_type):
+    """What is recorded is what transformers' experts interface hands to the experts."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+    extra, layers = NATIVE[model_type]
+    config_class = CONFIG_MAPPING[model_type]
+    fields = {name for cls in config_class.__mro__ for name in getattr(cls, "__annotations__", {})}
+    config = config_class(**{k: v for k, v in {**SMALL, **extra}.items() if k in fields})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() >= 2 and not parameter.any():  # routers that start at zero
+            nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(name)))
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def spy(experts: nn.Module, x: torch.Tensor, *args: torch.Tensor, **more: torch.Tensor):
+        ids, weights = (*args, *more.values())
+        seen.append((ids.clone(), weights.clone()))
+        return type(experts).forward.__wrapped__(experts, x, *args, **more)
+
+    ALL_EXPERTS_FUNCTIONS["spy"] = spy
+    try:
+        model.set_experts_implementation("spy")
+        with torch.no_grad(), moesaic.recording(model) as rec:
+            model(IDS)
+    finally:
+        del ALL_EXPERTS_FUNCTIONS["spy"]
+    assert list(rec.experts) == list(rec.weights) == list(rec.logits) == layers
+    assert len(seen) == len(layers)
+    for layer, (ids, weights) in zip(layers, seen, strict=True):
+        assert torch.equal(rec.experts[layer], ids)
+        assert torch.equal(rec.weights[layer], weights)
+        logits = rec.logits[layer].float()
+        assert logits.shape == (24, 6)
+        assert not torch.allclose(logits.sum(1), torch.ones(24), atol=1e-3)  # no probabilities
