@@ -20,7 +20,15 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from moesaic.kernels.matmul import ALIGNMENT, Backend, clear_tail, outer, rows, why_not_grouped
+from moesaic.kernels.matmul import (
+    ALIGNMENT,
+    Backend,
+    clear_tail,
+    layout,
+    outer,
+    rows,
+    why_not_grouped,
+)
 from moesaic.kernels.reference import GELU, Activation, activate
 
 
@@ -149,8 +157,9 @@ def _forward(
     """Return out_TD and what the backward pass needs besides the inputs: h_NJ, order_N, ends_E."""
     top_k = ids_TK.shape[1]
     order_N, ends_E = sort_rows(ids_TK, gate_up_EJD.shape[0])
+    how = layout(ends_E, len(order_N), compute, backend=backend)
     x_ND = x_TD.index_select(0, order_N // top_k).to(compute)
-    h_NJ = rows(x_ND, gate_up_EJD.to(compute).transpose(1, 2), ends_E, backend=backend)
+    h_NJ = rows(x_ND, gate_up_EJD.to(compute).transpose(1, 2), how)
     del x_ND
     if sentinels:
         clear_tail(h_NJ, ends_E)
@@ -158,7 +167,7 @@ def _forward(
     a_NI = activate(gate_NI, activation).mul_(up_NI)
     # In place: a float32 weight times a bf16 row is computed in float32 and rounded once.
     a_NI.mul_(weights_TK.reshape(-1).index_select(0, order_N).unsqueeze(1))
-    y_ND = rows(a_NI, down_EDI.to(compute).transpose(1, 2), ends_E, backend=backend)
+    y_ND = rows(a_NI, down_EDI.to(compute).transpose(1, 2), how)
     if sentinels:
         clear_tail(y_ND, ends_E)
     return combine(y_ND, invert(order_N), top_k).to(x_TD.dtype), h_NJ, order_N, ends_E
@@ -177,6 +186,7 @@ def _backward(
     x_TD, gate_up_EJD, down_EDI, weights_TK, h_NJ, order_N, ends_E = saved
     needs_x, needs_gate_up, needs_down, needs_weights = needs
     top_k = weights_TK.shape[1]
+    how = layout(ends_E, len(order_N), compute, backend=backend)
     token_N, inverse_N = order_N // top_k, invert(order_N)
     weight_N1 = weights_TK.reshape(-1).index_select(0, order_N).unsqueeze(1)
     d_x = d_gate_up = d_down = d_weights = None
@@ -185,7 +195,7 @@ def _backward(
     act_NI = activate(gate_NI, activation)
     a_NI = act_NI * up_NI
     grad_ND = grad_TD.to(compute).index_select(0, token_N)
-    da_NI = rows(grad_ND, down_EDI.to(compute), ends_E, backend=backend)  # of weight * a
+    da_NI = rows(grad_ND, down_EDI.to(compute), how)  # of weight * a
     if sentinels:
         clear_tail(da_NI, ends_E)
     if needs_weights:
@@ -193,20 +203,20 @@ def _backward(
         d_weight_N = (da_NI * a_NI).sum(dim=1, dtype=wide).index_select(0, inverse_N)
         d_weights = d_weight_N.view(weights_TK.shape).to(weights_TK.dtype)
     if needs_down:
-        d_down = outer(grad_ND, a_NI.mul_(weight_N1), ends_E, backend=backend).to(down_EDI.dtype)
+        d_down = outer(grad_ND, a_NI.mul_(weight_N1), how).to(down_EDI.dtype)
     del a_NI, grad_ND
     if needs_x or needs_gate_up:
         dh_NJ = _gate_backward(da_NI.mul_(weight_N1), act_NI, h_NJ, activation)
         del da_NI, act_NI
         if needs_x:
-            dx_ND = rows(dh_NJ, gate_up_EJD.to(compute), ends_E, backend=backend)
+            dx_ND = rows(dh_NJ, gate_up_EJD.to(compute), how)
             if sentinels:
                 clear_tail(dx_ND, ends_E)
             d_x = combine(dx_ND, inverse_N, top_k).to(x_TD.dtype)
             del dx_ND
         if needs_gate_up:
             x_ND = x_TD.index_select(0, token_N).to(compute)
-            d_gate_up = outer(dh_NJ, x_ND, ends_E, backend=backend).to(gate_up_EJD.dtype)
+            d_gate_up = outer(dh_NJ, x_ND, how).to(gate_up_EJD.dtype)
     return [d_x, d_gate_up, d_down, d_weights]
 
 

@@ -1,4 +1,4 @@
-"""The two matrix products of routed experts, by torch's grouped matmul or by a loop over experts.
+"""The two matrix products of routed experts: torch's grouped matmul, padded slices, or a loop.
 
 N routed rows sorted by expert; `ends_E[e]` (int32) is one past the last row of expert e, so that
 `ends_E[-1] <= N`. E experts, P and Q the two sizes of a product.
@@ -9,6 +9,7 @@ the outer products of each expert's rows (gradient of the weights; zero for an e
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 
 Backend = Literal["grouped", "loop"]
 GROUPED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_FEW_ROWS = 32  # of one expert: two AMX tiles
 ALIGNMENT = 16  # bytes; torch's grouped matmul refuses other row strides
 
 
@@ -40,39 +42,81 @@ def why_not_grouped(dtype: torch.dtype, device: torch.device, sizes: tuple[int, 
     return None
 
 
-def rows(
-    a_NP: torch.Tensor, w_EPQ: torch.Tensor, ends_E: torch.Tensor, *, backend: Backend
-) -> torch.Tensor:
+@dataclass(frozen=True)
+class Layout:
+    """Where each expert's rows lie, and how they are multiplied.
+
+    `slot_N` is the place of each row when every expert has room for `longest` rows, or None where
+    padding does not pay; `longest` is 0 where nobody asked the device.
+    """
+
+    ends_E: torch.Tensor
+    backend: Backend
+    longest: int = 0
+    slot_N: torch.Tensor | None = None
+
+
+def layout(ends_E: torch.Tensor, count: int, dtype: torch.dtype, *, backend: Backend) -> Layout:
+    """Choose how `count` rows are multiplied, without asking a GPU anything.
+
+    On a CPU a half-precision product of a few rows costs 25 us before it starts (packing in
+    oneDNN), once an expert; one batched product of padded rows costs that once. Measured on bf16
+    with AMX, 32 experts of (256, 128): 8 tokens 2 to 4 times faster, 512 tokens even.
+    """
+    if ends_E.device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return Layout(ends_E, backend)
+    ends = ends_E.tolist()
+    counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    longest, used = max(counts), sum(map(bool, counts))
+    if longest == 0 or longest > _FEW_ROWS or 2 * used < len(ends) or ends[-1] < count:
+        return Layout(ends_E, backend, longest)
+    slots = [e * longest + row for e, rows in enumerate(counts) for row in range(rows)]
+    return Layout(ends_E, backend, longest, torch.tensor(slots))
+
+
+def rows(a_NP: torch.Tensor, w_EPQ: torch.Tensor, layout: Layout) -> torch.Tensor:
     """Return out_NQ: the rows of expert e times `w_EPQ[e]`; `w_EPQ` may be a transposed view.
 
     Rows from `ends_E[-1]` on belong to no expert: they cost nothing and hold anything.
     """
-    if backend == "grouped":
-        return F.grouped_mm(a_NP, w_EPQ, offs=ends_E)
+    if layout.slot_N is not None:
+        out_MQ = torch.bmm(_pad(a_NP, layout), w_EPQ).flatten(0, 1)
+        return out_MQ.index_select(0, layout.slot_N)
+    if layout.backend == "grouped":
+        return F.grouped_mm(a_NP, w_EPQ, offs=layout.ends_E)
     out_NQ = a_NP.new_empty(a_NP.shape[0], w_EPQ.shape[2])
     start = 0
-    for expert, end in enumerate(ends_E.tolist()):  # on a GPU, the one wait for the device
+    for expert, end in enumerate(layout.ends_E.tolist()):  # on a GPU, the one wait for the device
         if start < end:
             torch.mm(a_NP[start:end], w_EPQ[expert], out=out_NQ[start:end])
         start = end
     return out_NQ
 
 
-def outer(
-    a_NP: torch.Tensor, b_NQ: torch.Tensor, ends_E: torch.Tensor, *, backend: Backend
-) -> torch.Tensor:
+def outer(a_NP: torch.Tensor, b_NQ: torch.Tensor, layout: Layout) -> torch.Tensor:
     """Return out_EPQ: for expert e the sum of the outer products of a[n] and b[n] of its rows n."""
-    if backend == "grouped":
-        return F.grouped_mm(a_NP.t(), b_NQ, offs=ends_E)
-    out_EPQ = a_NP.new_empty(ends_E.shape[0], a_NP.shape[1], b_NQ.shape[1])
-    start = 0
-    for expert, end in enumerate(ends_E.tolist()):
+    if layout.slot_N is not None:
+        return torch.bmm(_pad(a_NP, layout).transpose(1, 2), _pad(b_NQ, layout))
+    single = layout.longest == 1  # then a product of numbers is faster than one of matrices
+    if layout.backend == "grouped" and not single:
+        return F.grouped_mm(a_NP.t(), b_NQ, offs=layout.ends_E)
+    out_EPQ = a_NP.new_empty(len(layout.ends_E), a_NP.shape[1], b_NQ.shape[1])
+    start = written = 0
+    for expert, end in enumerate(layout.ends_E.tolist()):
         if start < end:
-            torch.mm(a_NP[start:end].t(), b_NQ[start:end], out=out_EPQ[expert])
-        else:
-            out_EPQ[expert].zero_()
-        start = end
+            out_EPQ[written:expert].zero_()
+            product = torch.mul if single else torch.mm
+            product(a_NP[start:end].t(), b_NQ[start:end], out=out_EPQ[expert])
+            start, written = end, expert + 1
+    out_EPQ[written:].zero_()
     return out_EPQ
+
+
+def _pad(a_NP: torch.Tensor, layout: Layout) -> torch.Tensor:
+    experts = len(layout.ends_E)
+    padded_MP = a_NP.new_zeros(experts * layout.longest, a_NP.shape[1])
+    padded_MP[layout.slot_N] = a_NP
+    return padded_MP.view(experts, layout.longest, -1)
 
 
 def clear_tail(a_NP: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:

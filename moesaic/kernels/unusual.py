@@ -91,7 +91,9 @@ def _linear(
 def _product(
     a: torch.Tensor, w: torch.Tensor, ends: torch.Tensor, backend: matmul.Backend
 ) -> torch.Tensor:
-    return matmul.clear_tail(matmul.rows(a, w, ends, backend=backend), ends)
+    return matmul.clear_tail(
+        matmul.rows(a, w, matmul.layout(ends, len(a), a.dtype, backend=backend)), ends
+    )
 
 
 @torch.library.custom_op(
@@ -102,7 +104,7 @@ def _product(
 def _outer(
     a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor, backend: matmul.Backend
 ) -> torch.Tensor:
-    return matmul.outer(a, b, ends, backend=backend)
+    return matmul.outer(a, b, matmul.layout(ends, len(a), a.dtype, backend=backend))
 
 
 @_product.register_fake
