@@ -25,12 +25,12 @@ CHUNK = gl.constexpr(64)
 
 
 @gluon.jit
-def swizzle(tile, tiles_m, tiles_n, GROUP_M: gl.constexpr):
-    """Order tiles so that GROUP_M row tiles share the weights that lie in the cache."""
-    group = tile // (GROUP_M * tiles_n)
-    first = group * GROUP_M
-    height = gl.minimum(tiles_m - first, GROUP_M)
-    within = tile - group * (GROUP_M * tiles_n)
+def swizzle(tile, tiles_m, tiles_n, group_m):
+    """Order tiles so that group_m row tiles share the weights that lie in the cache."""
+    group = tile // (group_m * tiles_n)
+    first = group * group_m
+    height = gl.minimum(tiles_m - first, group_m)
+    within = tile - group * (group_m * tiles_n)
     return first + within % height, within // height
 
 
@@ -89,3 +89,24 @@ def emit(
         where = ptr + (row + r).to(gl.int64)[:, None] * stride + (column + c)[None, :]
         mask = (r < valid)[:, None] & ((column + c) < columns)[None, :]
         gl.store(where, buffer.load(layout), mask=mask)
+
+
+@gluon.jit
+def give(value, ptr, stride, row, column, valid, columns):
+    """Write a [64, 64] chunk to (row, column) from registers; of its rows the first `valid` are ours.
+
+    Four neighbouring threads exchange what they hold, so that each writes 16 bytes and the four 64:
+    no shared memory, no barrier, and partial tiles are the same code.
+    """
+    layout: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [0, 4], [0, 32], [8, 0]],
+        [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
+        [[16, 0], [32, 0]],
+        [],
+        [64, 64],
+    )
+    value = gl.convert_layout(value, layout)
+    r = gl.arange(0, HALF, layout=gl.SliceLayout(1, layout))
+    c = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, layout))
+    where = ptr + (row + r).to(gl.int64)[:, None] * stride + (column + c)[None, :]
+    gl.store(where, value, mask=(r < valid)[:, None] & (column + c < columns)[None, :])

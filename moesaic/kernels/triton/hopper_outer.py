@@ -34,8 +34,9 @@ from moesaic.kernels.triton.hopper_common import (
 @gluon.jit
 def _producer(
     a_ptr, token_ptr, b_desc, ends_ptr, a_smem, b_smem, full, empty, experts, M, N,
+    group_m,
     EVEN_M: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
-    STAGES: gl.constexpr, GROUP_M: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     tiles_m = gl.cdiv(M, BM)
     tiles_n = gl.cdiv(N, BN)
@@ -46,7 +47,7 @@ def _producer(
     c = gl.arange(0, HALF, layout=gl.SliceLayout(0, layout))
     for tile in range(gl.program_id(0), experts * per_expert, gl.num_programs(0)):
         expert = tile // per_expert
-        m, n = swizzle(tile - expert * per_expert, tiles_m, tiles_n, GROUP_M)
+        m, n = swizzle(tile - expert * per_expert, tiles_m, tiles_n, group_m)
         begin = gl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
         end = gl.load(ends_ptr + expert)
         base = a_ptr + m * BM
@@ -81,8 +82,8 @@ def _producer(
 @gluon.jit
 def _consumer(
     a_smem, b_smem, buffers, full, empty, ends_ptr, out_desc, out_ptr, experts, M, N,
-    WG: gl.constexpr, TRANSPOSED: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-    BK: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
+    group_m, WG: gl.constexpr, TRANSPOSED: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+    BK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     dtype: gl.constexpr = out_ptr.dtype.element_ty
@@ -92,7 +93,7 @@ def _consumer(
     it = 0
     for tile in range(gl.program_id(0), experts * per_expert, gl.num_programs(0)):
         expert = tile // per_expert
-        m, n = swizzle(tile - expert * per_expert, tiles_m, tiles_n, GROUP_M)
+        m, n = swizzle(tile - expert * per_expert, tiles_m, tiles_n, group_m)
         begin = gl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
         end = gl.load(ends_ptr + expert)
         acc = gl.zeros((HALF, BN), gl.float32, layout=mma)
@@ -126,8 +127,8 @@ def _consumer(
 @gluon.jit
 def outer_kernel(
     a_desc, a_ptr, token_ptr, b_desc, ends_ptr, out_desc, out_ptr, experts, M, N,
-    EVEN_M: gl.constexpr, TRANSPOSED: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-    BK: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
+    group_m, EVEN_M: gl.constexpr, TRANSPOSED: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+    BK: gl.constexpr, STAGES: gl.constexpr,
     PRODUCER_WARPS: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
 ):  # fmt: skip
     """out[e, m, n] = sum over rows s of expert e of a[token of s, m] * b[s, n].
@@ -150,15 +151,15 @@ def outer_kernel(
         [
             (_consumer, (
                 a_smem, b_smem, buffers0, full, empty, ends_ptr, out_desc, out_ptr,
-                experts, M, N, 0, TRANSPOSED, BM, BN, BK, STAGES, GROUP_M,
+                experts, M, N, group_m, 0, TRANSPOSED, BM, BN, BK, STAGES,
             )),
             (_consumer, (
                 a_smem, b_smem, buffers1, full, empty, ends_ptr, out_desc, out_ptr,
-                experts, M, N, 1, TRANSPOSED, BM, BN, BK, STAGES, GROUP_M,
+                experts, M, N, group_m, 1, TRANSPOSED, BM, BN, BK, STAGES,
             )),
             (_producer, (
                 a_ptr, token_ptr, b_desc, ends_ptr, a_smem, b_smem, full, empty, experts, M, N,
-                EVEN_M, BM, BN, BK, STAGES, GROUP_M,
+                group_m, EVEN_M, BM, BN, BK, STAGES,
             )),
         ],
         [4, PRODUCER_WARPS],

@@ -27,6 +27,7 @@ from moesaic.kernels.triton.hopper_common import (
     chunks,
     cp_async,
     emit,
+    give,
     release,
     swizzle,
     sync,
@@ -46,9 +47,9 @@ def _sigmoid(x):
 @gluon.jit
 def _producer(
     a_desc, a_ptr, token_ptr, b_desc, h_desc, h2_desc, tile_expert_ptr, tile_row_ptr, ends_ptr,
-    count_ptr, a_smem, b_smem, full, empty, N, K, b_rows, second,
+    count_ptr, a_smem, b_smem, full, empty, N, K, b_rows, second, group_m,
     GATHER: gl.constexpr, EVEN_K: gl.constexpr, B_KMAJOR: gl.constexpr, EPILOGUE: gl.constexpr,
-    BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
+    BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     PAIR: gl.constexpr = EPILOGUE == "swiglu"
     WIDTH: gl.constexpr = BN // 2 if PAIR else BN
@@ -59,7 +60,7 @@ def _producer(
     k_tiles = gl.cdiv(K, BK)
     it = 0
     for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
-        m, n = swizzle(tile, tiles_m, tiles_n, GROUP_M)
+        m, n = swizzle(tile, tiles_m, tiles_n, group_m)
         expert = gl.load(tile_expert_ptr + m)
         row = gl.load(tile_row_ptr + m)
         valid = gl.load(ends_ptr + expert) - row
@@ -125,136 +126,151 @@ def _producer(
 
 
 @gluon.jit
-def _consumer(
-    a_smem, b_smem, buffers, full, empty, tile_expert_ptr, tile_row_ptr, ends_ptr, count_ptr,
-    out_desc, out_ptr, out2_desc, out2_ptr, out3_desc, out3_ptr, weight_ptr, partial_ptr,
-    N, K, out_stride, out3_stride,
+def _tile(
+    a_smem, b_smem, buffers, full, empty, it, row, column, valid, k_tiles, tiles_n, out_ptr,
+    out_desc, out2_ptr, out2_desc, out3_ptr, out3_desc, weight_ptr, partial_ptr, N, out_stride,
+    out3_stride,
     WG: gl.constexpr, EPILOGUE: gl.constexpr, GATHER: gl.constexpr, B_KMAJOR: gl.constexpr,
     KEEP_H: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
-    GROUP_M: gl.constexpr,
+    WIDTH: gl.constexpr,
 ):  # fmt: skip
+    """Multiply and give away 64 rows of a tile, WIDTH columns of each matrix; return the step."""
     PAIR: gl.constexpr = EPILOGUE == "swiglu"
-    WIDTH: gl.constexpr = BN // 2 if PAIR else BN
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CHUNK, 16])
     dtype: gl.constexpr = out_ptr.dtype.element_ty
+    acc = gl.zeros((HALF, WIDTH), gl.float32, layout=mma)
+    if PAIR:
+        acc_up = gl.zeros((HALF, WIDTH), gl.float32, layout=mma)
+    for k in range(k_tiles):
+        stage = it % STAGES
+        mbarrier.wait(full.index(stage), (it // STAGES) & 1)
+        if GATHER:
+            fence_async_shared()
+        a = a_smem.index(2 * stage + WG)
+        if PAIR:
+            b_gate = b_smem.index(2 * stage).slice(0, WIDTH, dim=0).permute((1, 0))
+            b_up = b_smem.index(2 * stage + 1).slice(0, WIDTH, dim=0).permute((1, 0))
+            acc = warpgroup_mma(a, b_gate, acc, is_async=True)
+            acc_up = warpgroup_mma(a, b_up, acc_up, is_async=True)
+            acc, acc_up = warpgroup_mma_wait(2, deps=(acc, acc_up))
+        else:
+            if B_KMAJOR:
+                b = b_smem.index(stage).slice(0, WIDTH, dim=0).permute((1, 0))
+            else:
+                b = b_smem.index(stage).slice(0, WIDTH, dim=1)
+            acc = warpgroup_mma(a, b, acc, is_async=True)
+            acc = warpgroup_mma_wait(1, deps=(acc,))
+        release(empty, it - 1, STAGES, k > 0)
+        it += 1
+    if PAIR:
+        acc, acc_up = warpgroup_mma_wait(0, deps=(acc, acc_up))
+    else:
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+    release(empty, it - 1, STAGES, True)
+    COUNT: gl.constexpr = WIDTH // CHUNK
+    if EPILOGUE == "plain":
+        parts = chunks(acc.to(dtype))
+        for j in gl.static_range(COUNT):
+            at = column + j * CHUNK
+            emit(parts[j], buffers, j, out_desc, out_ptr, out_stride, row, at, valid, N)
+    elif EPILOGUE == "swiglu":
+        gates = chunks(acc.to(dtype))
+        ups = chunks(acc_up.to(dtype))
+        for j in gl.static_range(COUNT):
+            at = column + j * CHUNK
+            if KEEP_H:
+                emit(gates[j], buffers, 3 * j, out_desc, out_ptr, out_stride, row, at, valid, N)
+                emit(ups[j], buffers, 3 * j + 1, out2_desc, out2_ptr, out_stride, row, at, valid, N)
+            # From the rounded h, as the backward pass will see it.
+            gate = gates[j].to(gl.float32)
+            value = (gate * _sigmoid(gate) * ups[j].to(gl.float32)).to(dtype)
+            emit(value, buffers, 3 * j + 2, out3_desc, out3_ptr, out3_stride, row, at, valid, N)
+    else:
+        r = gl.arange(0, HALF, layout=gl.SliceLayout(1, narrow))
+        weight = gl.load(weight_ptr + row + gl.minimum(r, valid - 1))[:, None]
+        part = gl.zeros((HALF,), gl.float32, layout=gl.SliceLayout(1, narrow))
+        parts = chunks(acc)
+        for j in gl.static_range(BN // CHUNK):
+            stage = it % STAGES
+            mbarrier.wait(full.index(stage), (it // STAGES) & 1)
+            if j < COUNT:
+                rest = b_smem.index(stage)._reinterpret(
+                    b_smem.dtype, [BN // CHUNK, HALF, CHUNK], a_smem.layout
+                )
+                gate = a_smem.index(2 * stage + WG).load(narrow).to(gl.float32)
+                up = rest.index(WG).load(narrow).to(gl.float32)
+            release(empty, it, STAGES, True)
+            it += 1
+            if j < COUNT:
+                at = column + j * CHUNK
+                da = gl.convert_layout(parts[j], narrow)
+                s = _sigmoid(gate)
+                act = gate * s
+                a_ = act * up
+                # Columns past the width are zero on both sides: they add nothing.
+                part += gl.sum(da * a_, axis=1)
+                da = da * weight
+                give((da * act).to(dtype), out2_ptr, out_stride, row, at, valid, N)
+                give((a_ * weight).to(dtype), out3_ptr, out3_stride, row, at, valid, N)
+                d_gate = (da * up * (s + act - act * s)).to(dtype)
+                give(d_gate, out_ptr, out_stride, row, at, valid, N)
+        gl.store(partial_ptr + (row + r) * tiles_n + column // BN, part, mask=r < valid)
+    return it
+
+
+@gluon.jit
+def _consumer(
+    a_smem, b_smem, buffers, full, empty, tile_expert_ptr, tile_row_ptr, ends_ptr, count_ptr,
+    out_ptr, out_desc, out2_ptr, out2_desc, out3_ptr, out3_desc, weight_ptr, partial_ptr, N, K,
+    out_stride, out3_stride, group_m,
+    WG: gl.constexpr, EPILOGUE: gl.constexpr, GATHER: gl.constexpr, B_KMAJOR: gl.constexpr,
+    KEEP_H: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    WIDTH: gl.constexpr = BN // 2 if EPILOGUE == "swiglu" else BN
+    NARROW: gl.constexpr = WIDTH // 2 if WIDTH > CHUNK else WIDTH
     tiles_m = gl.load(count_ptr)
     tiles_n = gl.cdiv(N, WIDTH)
     k_tiles = gl.cdiv(K, BK)
     it = 0
     for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
-        m, n = swizzle(tile, tiles_m, tiles_n, GROUP_M)
+        m, n = swizzle(tile, tiles_m, tiles_n, group_m)
         expert = gl.load(tile_expert_ptr + m)
         row = gl.load(tile_row_ptr + m) + WG * HALF
         valid = gl.load(ends_ptr + expert) - row
         column = n * WIDTH
-        if valid > 0:
-            acc = gl.zeros((HALF, WIDTH), gl.float32, layout=mma)
-            if PAIR:
-                acc_up = gl.zeros((HALF, WIDTH), gl.float32, layout=mma)
-            for k in range(k_tiles):
-                stage = it % STAGES
-                mbarrier.wait(full.index(stage), (it // STAGES) & 1)
-                if GATHER:
-                    fence_async_shared()
-                a = a_smem.index(2 * stage + WG)
-                if PAIR:
-                    b_gate = b_smem.index(2 * stage).permute((1, 0))
-                    b_up = b_smem.index(2 * stage + 1).permute((1, 0))
-                    acc = warpgroup_mma(a, b_gate, acc, is_async=True)
-                    acc_up = warpgroup_mma(a, b_up, acc_up, is_async=True)
-                    acc, acc_up = warpgroup_mma_wait(2, deps=(acc, acc_up))
-                else:
-                    b = b_smem.index(stage)
-                    if B_KMAJOR:
-                        b = b.permute((1, 0))
-                    acc = warpgroup_mma(a, b, acc, is_async=True)
-                    acc = warpgroup_mma_wait(1, deps=(acc,))
-                release(empty, it - 1, STAGES, k > 0)
-                it += 1
-            if PAIR:
-                acc, acc_up = warpgroup_mma_wait(0, deps=(acc, acc_up))
-            else:
-                acc = warpgroup_mma_wait(0, deps=(acc,))
-            release(empty, it - 1, STAGES, True)
-            if EPILOGUE == "plain":
-                parts = chunks(acc.to(dtype))
-                for j in gl.static_range(WIDTH // CHUNK):
-                    emit(
-                        parts[j], buffers, j, out_desc, out_ptr, out_stride, row,
-                        column + j * CHUNK, valid, N,
-                    )  # fmt: skip
-            elif EPILOGUE == "swiglu":
-                gates = chunks(acc.to(dtype))
-                ups = chunks(acc_up.to(dtype))
-                COUNT: gl.constexpr = WIDTH // CHUNK
-                for j in gl.static_range(COUNT):
-                    at = column + j * CHUNK
-                    # From the rounded h, as the backward pass will see it.
-                    gate = gates[j].to(gl.float32)
-                    value = (gate * _sigmoid(gate) * ups[j].to(gl.float32)).to(dtype)
-                    emit(value, buffers, j, out3_desc, out3_ptr, out3_stride, row, at, valid, N)
-                if KEEP_H:
-                    for j in gl.static_range(COUNT):
-                        at = column + j * CHUNK
-                        emit(
-                            gates[j], buffers, COUNT + j, out_desc, out_ptr, out_stride, row, at,
-                            valid, N,
-                        )  # fmt: skip
-                    for j in gl.static_range(COUNT):
-                        at = column + j * CHUNK
-                        emit(
-                            ups[j], buffers, 2 * COUNT + j, out2_desc, out2_ptr, out_stride, row,
-                            at, valid, N,
-                        )  # fmt: skip
-            else:
-                r = gl.arange(0, HALF, layout=gl.SliceLayout(1, narrow))
-                weight = gl.load(weight_ptr + row + gl.minimum(r, valid - 1))[:, None]
-                part = gl.zeros((HALF,), gl.float32, layout=gl.SliceLayout(1, narrow))
-                parts = chunks(acc)
-                for j in gl.static_range(WIDTH // CHUNK):
-                    stage = it % STAGES
-                    mbarrier.wait(full.index(stage), (it // STAGES) & 1)
-                    rest = b_smem.index(stage)._reinterpret(
-                        b_smem.dtype, [BN // CHUNK, HALF, CHUNK], a_smem.layout
-                    )
-                    gate = a_smem.index(2 * stage + WG).load(narrow).to(gl.float32)
-                    up = rest.index(WG).load(narrow).to(gl.float32)
-                    sync()
-                    release(empty, it, STAGES, True)
-                    it += 1
-                    at = column + j * CHUNK
-                    da = gl.convert_layout(parts[j], narrow)
-                    s = _sigmoid(gate)
-                    act = gate * s
-                    a = act * up
-                    # Columns past the width are zero on both sides: they add nothing.
-                    part += gl.sum(da * a, axis=1)
-                    da = da * weight
-                    d_up = (da * act).to(dtype)
-                    d_gate = (da * up * (s + act - act * s)).to(dtype)
-                    wa = (a * weight).to(dtype)
-                    emit(d_gate, buffers, 3 * j, out_desc, out_ptr, out_stride, row, at, valid, N)
-                    emit(d_up, buffers, 3 * j + 1, out2_desc, out2_ptr, out_stride, row, at, valid, N)
-                    emit(wa, buffers, 3 * j + 2, out3_desc, out3_ptr, out3_stride, row, at, valid, N)
-                gl.store(partial_ptr + (row + r) * tiles_n + n, part, mask=r < valid)
-        else:
-            STEPS: gl.constexpr = WIDTH // CHUNK if EPILOGUE == "dact" else 0
+        if valid <= 0:
+            STEPS: gl.constexpr = BN // CHUNK if EPILOGUE == "dact" else 0
             for k in range(k_tiles + STEPS):
                 mbarrier.wait(full.index(it % STAGES), (it // STAGES) & 1)
                 release(empty, it, STAGES, True)
                 it += 1
-    tma.store_wait(0)
+        elif N - column > NARROW or NARROW == WIDTH:
+            it = _tile(
+                a_smem, b_smem, buffers, full, empty, it, row, column, valid, k_tiles, tiles_n,
+                out_ptr, out_desc, out2_ptr, out2_desc, out3_ptr, out3_desc, weight_ptr,
+                partial_ptr, N, out_stride, out3_stride,
+                WG, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES, WIDTH,
+            )  # fmt: skip
+        else:
+            # The last columns fit into half the width: half the products.
+            it = _tile(
+                a_smem, b_smem, buffers, full, empty, it, row, column, valid, k_tiles, tiles_n,
+                out_ptr, out_desc, out2_ptr, out2_desc, out3_ptr, out3_desc, weight_ptr,
+                partial_ptr, N, out_stride, out3_stride,
+                WG, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES, NARROW,
+            )  # fmt: skip
+    if EPILOGUE != "dact":
+        tma.store_wait(0)
 
 
 @gluon.jit
 def rows_kernel(
-    a_desc, a_ptr, token_ptr, b_desc, out_desc, out_ptr, out2_desc, out2_ptr, out3_desc, out3_ptr,
+    a_desc, a_ptr, token_ptr, b_desc, out_ptr, out_desc, out2_ptr, out2_desc, out3_ptr, out3_desc,
     h_desc, h2_desc, weight_ptr, partial_ptr, tile_expert_ptr, tile_row_ptr, ends_ptr, count_ptr,
-    N, K, b_rows, second, out_stride, out3_stride,
+    N, K, b_rows, second, out_stride, out3_stride, group_m,
     EPILOGUE: gl.constexpr, GATHER: gl.constexpr, EVEN_K: gl.constexpr, B_KMAJOR: gl.constexpr,
     KEEP_H: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
-    GROUP_M: gl.constexpr,
     PRODUCER_WARPS: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
 ):  # fmt: skip
     """One of the four products along rows.
@@ -274,8 +290,9 @@ def rows_kernel(
         b_smem = gl.allocate_shared_memory(dtype, [STAGES, BN, BK], b_desc.layout)
     else:
         b_smem = gl.allocate_shared_memory(dtype, [STAGES, BK, BN], b_desc.layout)
-    buffers0 = gl.allocate_shared_memory(dtype, [2, HALF, CHUNK], out_desc.layout)
-    buffers1 = gl.allocate_shared_memory(dtype, [2, HALF, CHUNK], out_desc.layout)
+    BUFFERS: gl.constexpr = 1 if EPILOGUE == "dact" else 2
+    buffers0 = gl.allocate_shared_memory(dtype, [BUFFERS, HALF, CHUNK], a_desc.layout)
+    buffers1 = gl.allocate_shared_memory(dtype, [BUFFERS, HALF, CHUNK], a_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     # Every gathering thread arrives when its copies have, and tensor memory counts for one.
@@ -288,20 +305,20 @@ def rows_kernel(
         [
             (_consumer, (
                 a_smem, b_smem, buffers0, full, empty, tile_expert_ptr, tile_row_ptr, ends_ptr,
-                count_ptr, out_desc, out_ptr, out2_desc, out2_ptr, out3_desc, out3_ptr, weight_ptr,
-                partial_ptr, N, K, out_stride, out3_stride,
-                0, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES, GROUP_M,
+                count_ptr, out_ptr, out_desc, out2_ptr, out2_desc, out3_ptr, out3_desc, weight_ptr,
+                partial_ptr, N, K, out_stride, out3_stride, group_m,
+                0, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES,
             )),
             (_consumer, (
                 a_smem, b_smem, buffers1, full, empty, tile_expert_ptr, tile_row_ptr, ends_ptr,
-                count_ptr, out_desc, out_ptr, out2_desc, out2_ptr, out3_desc, out3_ptr, weight_ptr,
-                partial_ptr, N, K, out_stride, out3_stride,
-                1, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES, GROUP_M,
+                count_ptr, out_ptr, out_desc, out2_ptr, out2_desc, out3_ptr, out3_desc, weight_ptr,
+                partial_ptr, N, K, out_stride, out3_stride, group_m,
+                1, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES,
             )),
             (_producer, (
                 a_desc, a_ptr, token_ptr, b_desc, h_desc, h2_desc, tile_expert_ptr, tile_row_ptr,
-                ends_ptr, count_ptr, a_smem, b_smem, full, empty, N, K, b_rows, second,
-                GATHER, EVEN_K, B_KMAJOR, EPILOGUE, BN, BK, STAGES, GROUP_M,
+                ends_ptr, count_ptr, a_smem, b_smem, full, empty, N, K, b_rows, second, group_m,
+                GATHER, EVEN_K, B_KMAJOR, EPILOGUE, BN, BK, STAGES,
             )),
         ],
         [4, PRODUCER_WARPS],

@@ -77,10 +77,10 @@ def _rows(
     pair = epilogue == "swiglu"
     width = launch.width // 2 if pair else launch.width
     flat = b.view(-1, b.shape[-1])
-    names = ("out", "out2", "out3", "h", "h2")
-    descriptors = {
-        f"{name}_desc": _descriptor(outputs[name], 64, 64) if name in outputs else None
-        for name in names
+    names = ("h", "h2") if epilogue == "dact" else ("out", "out2", "out3")
+    descriptors = dict.fromkeys(("out_desc", "out2_desc", "out3_desc", "h_desc", "h2_desc"))
+    descriptors |= {
+        f"{name}_desc": _descriptor(outputs[name], 64, 64) for name in names if name in outputs
     }
     pointers = {
         f"{name}_ptr": outputs.get(name) for name in ("out", "out2", "out3", "weight", "partial")
@@ -111,7 +111,7 @@ def _rows(
         BN=launch.width,
         BK=BK,
         STAGES=launch.stages,
-        GROUP_M=launch.group_m,
+        group_m=launch.group_m,
         **_warps(gather=gather),
     )
 
@@ -209,7 +209,7 @@ def outer(
         BN=launch.width,
         BK=BK,
         STAGES=launch.stages,
-        GROUP_M=launch.group_m,
+        group_m=launch.group_m,
         **_warps(gather=True),
     )
     return out
