@@ -10,8 +10,11 @@ Notation: rows = tokens that count, L recorded layers, K places for chosen exper
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import inspect
 import itertools
+import queue
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -39,11 +42,12 @@ from moesaic.routing.trace import ENCODER, FILE_NAME, Shape, Trace, TraceWriter,
 
 COMMIT_SECONDS = 5.0
 """Time after which rows are made to count: what a kill can cost."""
-TOKENS_AT_ONCE = 4096
+TOKENS_AT_ONCE = 8192
 """Size of a batch unless one is given."""
 _WHOLE_BATCH = ("openmoe", "nllb-moe")
 """Families whose capacity is shared by everything in a batch: their samples run one by one."""
 _IN_FLIGHT = 2
+_READ_AHEAD = 64  # samples
 
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -76,7 +80,7 @@ def record(
     `model` is a path, hub id or alias, loaded with `moesaic.load` and the keywords `load` (on GPUs,
     by default, if there are any), or a model, which stays where it is. `tokenizer` is its
     tokenizer, or where one lies; by default the one beside the model. `batch` samples run at once;
-    by default about 4,096 tokens, and one sample for families whose expert capacity is shared by a
+    by default about 8,192 tokens, and one sample for families whose expert capacity is shared by a
     batch. `logits` also keeps the router logits, float16 [rows, L, E]; `predictions` the most
     likely next token and the loss of every row. `language` is NLLB's code of the language of the
     text, such as eng_Latn.
@@ -259,6 +263,7 @@ class _Run:
             bar = stack.enter_context(progress("recording", tokens - self.read))
             stack.enter_context(torch.no_grad())
             rec = stack.enter_context(recording(self.model, logits=self.logits))
+            stream = stack.enter_context(_ahead(stream))
             while taken := list(itertools.islice(stream, batch)):
                 waiting.append(self._forward(taken, rec))
                 while len(waiting) >= _IN_FLIGHT:
@@ -411,6 +416,45 @@ class _Run:
     def _close(self) -> None:
         for writer in self.writers.values():
             writer.close()
+
+
+@contextlib.contextmanager
+def _ahead(stream: Iterator[Sample]) -> Iterator[Iterator[Sample]]:
+    """Read in a thread of its own: tokenising does not hold the interpreter, nor then the model."""
+    ready: queue.Queue[Sample | BaseException | None] = queue.Queue(_READ_AHEAD)
+    stopped = threading.Event()
+
+    def put(item: Sample | BaseException | None) -> None:
+        while not stopped.is_set():
+            with contextlib.suppress(queue.Full):
+                ready.put(item, timeout=0.1)
+                return
+
+    def read() -> None:
+        try:
+            for sample in stream:
+                put(sample)
+                if stopped.is_set():
+                    return
+            put(None)
+        except BaseException as error:  # raised again where the samples are used
+            put(error)
+
+    def samples_of() -> Iterator[Sample]:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    # the notes and bars of tokenising go where the caller's go
+    context = contextvars.copy_context()
+    thread = threading.Thread(target=context.run, args=(read,), daemon=True, name="samples")
+    thread.start()
+    try:
+        yield samples_of()
+    finally:
+        stopped.set()
+        thread.join()
 
 
 def _how_far(found: Mapping[str, Any]) -> dict[str, Any]:

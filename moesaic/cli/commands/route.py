@@ -31,7 +31,7 @@ def record(
     out: OutOption,
     sample_length: Annotated[int, typer.Option(help="Tokens read together.")] = 512,
     batch: Annotated[
-        int | None, typer.Option(help="Samples at once; by default about 4,096 tokens.")
+        int | None, typer.Option(help="Samples at once; by default about 8,192 tokens.")
     ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Shuffle the documents; by default they keep their order.")
