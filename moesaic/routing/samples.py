@@ -120,6 +120,8 @@ def read_samples(
             )
         lengths = found_N if lengths is None else lengths
     ids = np.asarray(experts)
+    if ids.size == 0:
+        raise UserError(f"experts is empty: its shape is {ids.shape}. Give at least one token.")
     if ids.dtype.kind not in "iu":
         raise UserError(
             f"experts has the dtype {ids.dtype}. Give the ids of the chosen experts as integers, "
@@ -130,8 +132,6 @@ def read_samples(
             f"experts has the shape {ids.shape}. Give [samples, tokens, layers, k] or "
             "[samples, tokens, k]."
         )
-    if ids.size == 0:
-        raise UserError(f"experts is empty: its shape is {ids.shape}. Give at least one token.")
     layered = ids.ndim == 4
     shape_NTLK = ids.shape if layered else (*ids.shape[:2], 1, ids.shape[2])
     least, most = int(ids.min()), int(ids.max())

@@ -79,9 +79,9 @@ def stacks(name: str) -> list[Stack]:
 
 
 def table(path: Path) -> list[dict[str, str]]:
-    opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
-    with opened as file:
-        return list(csv.DictReader(file))
+    data = path.read_bytes()
+    text = gzip.decompress(data) if path.suffix == ".gz" else data
+    return list(csv.DictReader(text.decode().splitlines()))
 
 
 def scores(bits: np.ndarray) -> np.ndarray:
