@@ -6,7 +6,10 @@ and the experts implementation "moesaic" is known.
 
 from __future__ import annotations
 
+from importlib.metadata import entry_points
+
 from moesaic import kernels
+from moesaic.core.registry import PLUGIN_GROUP
 from moesaic.models import families
 from moesaic.models.llama_moe import (
     LlamaMoEConfig,
@@ -38,9 +41,14 @@ __all__ = [
 
 
 def register() -> None:
-    """Register every family and kernel with transformers; a second call changes nothing."""
+    """Register every family and kernel with transformers; a second call changes nothing.
+
+    Other packages' families come from the modules that the entry points of `moesaic.plugins` name.
+    """
     kernels.register()
     families.register_all()
+    for entry_point in entry_points(group=PLUGIN_GROUP):
+        entry_point.load()
 
 
 register()

@@ -27,8 +27,14 @@ from moesaic.models.device_map import check_device_map, read_device_map
 from moesaic.models.families import families
 from moesaic.models.overrides import corrected
 
-HARMLESS = ("rotary_emb.inv_freq",)
-"""Endings of tensor names that files of any family may hold: computed, never read."""
+HARMLESS = {
+    "": ("rotary_emb.inv_freq",),
+    "nllb-moe": ("embed_positions.weights",),
+}
+"""Endings of tensor names that released files may hold and that are computed, never read.
+
+By model_type of transformers ("": every family); our own families declare theirs in `FAMILY`.
+"""
 TOP_K = (
     "num_selects",
     "num_experts_per_tok",
@@ -259,8 +265,10 @@ def _check_weights(
     info: Mapping[str, Any], cls: type[PreTrainedModel], source: Source, *, tolerant: bool
 ) -> None:
     other_shape = {key for key, *_ in info["mismatched_keys"]}
-    family = families().get(getattr(cls.config_class, "model_type", ""))
-    harmless = (*HARMLESS, *(family.harmless if family is not None else ()))
+    model_type = getattr(cls.config_class, "model_type", "")
+    family = families().get(model_type)
+    ours = family.harmless if family is not None else ()
+    harmless = (*HARMLESS[""], *HARMLESS.get(model_type, ()), *ours)
     problems = {
         "missing": set(info["missing_keys"]) - other_shape,
         "unexpected": {key for key in info["unexpected_keys"] if not key.endswith(harmless)},

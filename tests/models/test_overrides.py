@@ -209,9 +209,8 @@ def test_nllb_of_old_bare_files_is_a_translator(tmp_path):
     assert model.lm_head.weight is model.model.shared.weight
     directory = changed(tmp_path, "nllb_moe")
     tensors = load_file(directory / "model.safetensors")
-    save_file(
-        {**tensors, "lm_head.weight": tensors["model.shared.weight"].clone()},
-        directory / "model.safetensors",
-        metadata={"format": "pt"},
-    )
+    shared = tensors["model.shared.weight"]
+    more = {"lm_head.weight": shared.clone(), "model.decoder.embed_tokens.weight": shared.clone()}
+    more["model.encoder.embed_positions.weights"] = torch.zeros(3, 32)  # computed, in old files
+    save_file({**tensors, **more}, directory / "model.safetensors", metadata={"format": "pt"})
     assert moesaic.load(directory).lm_head.weight.shape == (96, 32)

@@ -41,7 +41,7 @@ def _render(found: Description) -> None:
     table.add_column(overflow="fold")
     alias = f" (alias {found.alias})" if found.alias else ""
     table.add_row("model", f"{found.path}{alias}")
-    table.add_row("class", f"{found.architecture or '?'} (model_type {found.model_type or 'none'})")
+    table.add_row("class", f"{found.architecture or '?'} ({_model_type(found)})")
     if found.refused:
         table.add_row("not loaded", found.refused)
     for summary in found.corrected.values():
@@ -63,6 +63,12 @@ def _render(found: Description) -> None:
     for name, value in _lineage_rows(found):
         table.add_row(name, value)
     Console().print(table)
+
+
+def _model_type(found: Description) -> str:
+    ours = found.anatomy.model_type if found.anatomy else None
+    stated = f"model_type {found.model_type or 'none'}"
+    return stated if ours in (None, found.model_type) else f"{ours}; config.json has {stated}"
 
 
 def _anatomy_rows(found: Description) -> list[tuple[str, str]]:
