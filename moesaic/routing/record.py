@@ -186,10 +186,10 @@ def _open(
     from moesaic.models.load import load as load_model
 
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    if place == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError("device=cuda, but torch sees no CUDA GPU here. Use device=cpu.")
-        load.setdefault("device_map", "auto")
+    if place == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda, but torch sees no CUDA GPU here. Use device=cpu.")
+    # a device_map.json beside the model counts as long as no device is asked for
+    load.setdefault("device_map", "auto" if device == "auto" else place)
     # bfloat16 products on a CPU are slow and coarse; a checkpoint's own type is meant for GPUs.
     chosen = ("float32" if place == "cpu" else "auto") if dtype == "auto" else dtype
     return load_model(model, dtype=chosen, **load), tokenizer
@@ -242,7 +242,7 @@ class _Run:
     ) -> None:
         self.model, self.feed, self.directory, self.facts = model, feed, directory, facts
         self.predictions, self.logits = predictions, logits
-        self.device = model.get_input_embeddings().weight.device
+        self.device = _input_device(model)
         self.accepted = inspect.signature(type(model).forward).parameters
         self.writers: dict[str, TraceWriter] = {}
         self.shapes = self._measure()
@@ -416,6 +416,14 @@ class _Run:
     def _close(self) -> None:
         for writer in self.writers.values():
             writer.close()
+
+
+def _input_device(model: Any) -> torch.device:
+    """Where token ids go; weights that accelerate keeps elsewhere are on no device (meta)."""
+    device: torch.device = model.get_input_embeddings().weight.device
+    if device.type != "meta":
+        return device
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @contextlib.contextmanager
