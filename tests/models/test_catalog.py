@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
+import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import moesaic
 from moesaic.core.errors import UserError
 from moesaic.models import families
 from moesaic.models.catalog import aliases, catalog, find, refusal
+from moesaic.models.checkpoint import Checkpoint
 from tests.helpers import assert_user_error, run_cli
+from tests.models.golden import FAMILIES
+from tests.models.parity import Parity
 
 NUM_LAYERS = {  # routed layers, experts, chosen, shared: from the published config.json
     "llamamoe": (32, 16, 4, 0),
@@ -119,3 +125,39 @@ def test_list_models_says_by_whose_class():
 
 def test_an_unknown_alias_names_the_nearest():
     assert_user_error(run_cli("info", "mixtrl"), "Did you mean 'mixtral'?")
+
+
+@pytest.mark.parametrize("directory", sorted(FAMILIES.iterdir()), ids=lambda d: d.name)
+def test_anatomy_counts_what_the_released_files_hold(directory):
+    """Every golden checkpoint, in its original format."""
+    assert moesaic.anatomy(directory).params_total == Checkpoint(directory).parameters
+
+
+@pytest.mark.parametrize(
+    ("alias", "fixture"),
+    [
+        ("olmoe", "olmoe"),
+        ("nllb", "nllb_moe"),
+        ("jetmoechat", "jetmoe_chat"),
+        ("llamamoe2", "llama_moe_v2"),
+        ("minicpm", "minicpm_moe"),
+        ("grin", "grin_moe"),
+        ("llamamoesft", "llama_moe"),
+    ],
+)
+def test_a_downloaded_model_is_loaded_by_alias_and_by_hub_id(alias, fixture, tmp_path, monkeypatch):
+    """From a cache as the hub's client writes it; what the file says of itself may be a lie."""
+    hub = aliases()[alias].hub
+    repository = tmp_path / f"models--{hub.replace('/', '--')}"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    shutil.copytree(FAMILIES / fixture, snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    monkeypatch.chdir(tmp_path)
+    given = Parity(fixture).inputs()
+    wanted = moesaic.load(FAMILIES / fixture, dtype=torch.float32)
+    for name in (alias, hub):
+        model = moesaic.load(name, cache_dir=tmp_path, local_files_only=True, dtype=torch.float32)
+        assert type(model) is type(wanted)
+        with torch.no_grad():
+            assert torch.equal(model(**given).logits, wanted(**given).logits)
