@@ -58,6 +58,20 @@ def release(empty, it, STAGES: gl.constexpr, pred):
 
 
 @gluon.jit
+def leave(buffer, desc, ptr, stride, row, column, valid, columns):
+    """Store a [64, 64] buffer: by tensor memory if all its rows are ours, else masked."""
+    if valid >= HALF:
+        tma_store(desc, [row, column], buffer)
+    elif valid > 0:
+        layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+        r = gl.arange(0, HALF, layout=gl.SliceLayout(1, layout))
+        c = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, layout))
+        where = ptr + (row + r).to(gl.int64)[:, None] * stride + (column + c)[None, :]
+        mask = (r < valid)[:, None] & ((column + c) < columns)[None, :]
+        gl.store(where, buffer.load(layout), mask=mask)
+
+
+@gluon.jit
 def emit(
     value, buffers, TURN: gl.constexpr, desc, ptr, stride, row, column, valid, columns,
     TRANSPOSED: gl.constexpr = False,
@@ -68,8 +82,7 @@ def emit(
     gives the chunk's transpose.
     """
     buffer = buffers.index(TURN % 2)
-    whole = valid >= HALF
-    if whole:
+    if valid >= HALF:
         tma.store_wait(1)
     else:
         tma.store_wait(0)
@@ -80,15 +93,7 @@ def emit(
         buffer.store(value)
     fence_async_shared()
     sync()
-    if whole:
-        tma_store(desc, [row, column], buffer)
-    elif valid > 0:
-        layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-        r = gl.arange(0, HALF, layout=gl.SliceLayout(1, layout))
-        c = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, layout))
-        where = ptr + (row + r).to(gl.int64)[:, None] * stride + (column + c)[None, :]
-        mask = (r < valid)[:, None] & ((column + c) < columns)[None, :]
-        gl.store(where, buffer.load(layout), mask=mask)
+    leave(buffer, desc, ptr, stride, row, column, valid, columns)
 
 
 @gluon.jit
@@ -110,3 +115,25 @@ def give(value, ptr, stride, row, column, valid, columns):
     c = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, layout))
     where = ptr + (row + r).to(gl.int64)[:, None] * stride + (column + c)[None, :]
     gl.store(where, value, mask=(r < valid)[:, None] & (column + c < columns)[None, :])
+
+
+@gluon.jit
+def emit_all(
+    parts, buffers, desc, ptr, stride, row, column, valid, columns,
+    COUNT: gl.constexpr, TRANSPOSED: gl.constexpr = False,
+):  # fmt: skip
+    """`emit` COUNT chunks side by side (TRANSPOSED: one below the other), each in its own buffer."""
+    tma.store_wait(0)
+    sync()
+    for j in gl.static_range(COUNT):
+        if TRANSPOSED:
+            buffers.index(j).permute((1, 0)).store(parts[j])
+        else:
+            buffers.index(j).store(parts[j])
+    fence_async_shared()
+    sync()
+    for j in gl.static_range(COUNT):
+        if TRANSPOSED:
+            leave(buffers.index(j), desc, ptr, stride, row + j * CHUNK, column, valid - j * CHUNK, columns)
+        else:
+            leave(buffers.index(j), desc, ptr, stride, row, column + j * CHUNK, valid, columns)

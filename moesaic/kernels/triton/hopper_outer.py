@@ -23,7 +23,7 @@ from moesaic.kernels.triton.hopper_common import (
     HALF,
     chunks,
     cp_async,
-    emit,
+    emit_all,
     release,
     swizzle,
     sync,
@@ -110,17 +110,17 @@ def _consumer(
         release(empty, it - 1, STAGES, end > begin)
         parts = chunks(acc.to(dtype))
         first = m * BM + WG * HALF
-        for j in gl.static_range(BN // CHUNK):
-            at = n * BN + j * CHUNK
-            if TRANSPOSED:
-                emit(
-                    parts[j], buffers, j, out_desc, out_ptr, M, expert * N + at, first, N - at, M,
-                    TRANSPOSED=True,
-                )  # fmt: skip
-            else:
-                emit(
-                    parts[j], buffers, j, out_desc, out_ptr, N, expert * M + first, at, M - first, N
-                )
+        at = n * BN
+        if TRANSPOSED:
+            emit_all(
+                parts, buffers, out_desc, out_ptr, M, expert * N + at, first, N - at, M,
+                BN // CHUNK, TRANSPOSED=True,
+            )  # fmt: skip
+        else:
+            emit_all(
+                parts, buffers, out_desc, out_ptr, N, expert * M + first, at, M - first, N,
+                BN // CHUNK,
+            )  # fmt: skip
     tma.store_wait(0)
 
 
@@ -138,8 +138,8 @@ def outer_kernel(
     dtype: gl.constexpr = out_ptr.dtype.element_ty
     a_smem = gl.allocate_shared_memory(dtype, [2 * STAGES, BK, HALF], a_desc.layout)
     b_smem = gl.allocate_shared_memory(dtype, [STAGES, BK, BN], b_desc.layout)
-    buffers0 = gl.allocate_shared_memory(dtype, [2, HALF, CHUNK], out_desc.layout)
-    buffers1 = gl.allocate_shared_memory(dtype, [2, HALF, CHUNK], out_desc.layout)
+    buffers0 = gl.allocate_shared_memory(dtype, [BN // CHUNK, HALF, CHUNK], out_desc.layout)
+    buffers1 = gl.allocate_shared_memory(dtype, [BN // CHUNK, HALF, CHUNK], out_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):

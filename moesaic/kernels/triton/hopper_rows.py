@@ -27,7 +27,9 @@ from moesaic.kernels.triton.hopper_common import (
     chunks,
     cp_async,
     emit,
+    emit_all,
     give,
+    halves,
     release,
     swizzle,
     sync,
@@ -45,8 +47,16 @@ def _sigmoid(x):
 
 
 @gluon.jit
+def _prefetch(pointers):
+    gl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=gl.int32,
+        is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
 def _producer(
-    a_desc, a_ptr, token_ptr, b_desc, h_desc, h2_desc, tile_expert_ptr, tile_row_ptr, ends_ptr,
+    a_desc, a_ptr, token_ptr, b_desc, h_ptr, h_desc, h2_ptr, h2_desc, h_stride, tile_expert_ptr, tile_row_ptr, ends_ptr,
     count_ptr, a_smem, b_smem, full, empty, N, K, b_rows, second, group_m,
     GATHER: gl.constexpr, EVEN_K: gl.constexpr, B_KMAJOR: gl.constexpr, EPILOGUE: gl.constexpr,
     BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
@@ -76,6 +86,14 @@ def _producer(
             other = gl.load(token_ptr + row + gl.minimum(r + HALF, valid - 1))
             a0 = a_ptr + first.to(gl.int64)[:, None] * K + c[None, :]
             a1 = a_ptr + other.to(gl.int64)[:, None] * K + c[None, :]
+        if EPILOGUE == "dact":
+            # All programs come to their rows of h at the same time: fetch them to the cache early.
+            near: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [4, 1], [1, 0])
+            hr = gl.minimum(gl.arange(0, 2 * HALF, layout=gl.SliceLayout(1, near)), valid - 1)
+            hc = column + CHUNK * gl.arange(0, BN // CHUNK, layout=gl.SliceLayout(0, near))
+            line = (row + hr).to(gl.int64)[:, None] * h_stride + gl.minimum(hc, N - 1)[None, :]
+            _prefetch(h_ptr + line)
+            _prefetch(h2_ptr + line)
         for k in range(k_tiles):
             stage = it % STAGES
             bar = full.index(stage)
@@ -88,8 +106,10 @@ def _producer(
                 tma_load(a_desc, [row, k * BK], bar, a_smem.index(2 * stage))
                 tma_load(a_desc, [row + HALF, k * BK], bar, a_smem.index(2 * stage + 1), pred=both)
             if PAIR:
-                tma_load(b_desc, [b_row + column, k * BK], bar, b_smem.index(2 * stage))
-                tma_load(b_desc, [b_row + second + column, k * BK], bar, b_smem.index(2 * stage + 1))
+                b_gate = b_smem.index(stage).slice(0, WIDTH, dim=0)
+                b_up = b_smem.index(stage).slice(WIDTH, WIDTH, dim=0)
+                tma_load(b_desc, [b_row + column, k * BK], bar, b_gate)
+                tma_load(b_desc, [b_row + second + column, k * BK], bar, b_up)
             elif B_KMAJOR:
                 tma_load(b_desc, [b_row + column, k * BK], bar, b_smem.index(stage))
             else:
@@ -139,8 +159,13 @@ def _tile(
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CHUNK, 16])
     dtype: gl.constexpr = out_ptr.dtype.element_ty
-    acc = gl.zeros((HALF, WIDTH), gl.float32, layout=mma)
-    if PAIR:
+    SPLIT: gl.constexpr = PAIR and 2 * WIDTH < BN  # gate and up columns that are not neighbours
+    if PAIR and not SPLIT:
+        both: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+        acc = gl.zeros((HALF, BN), gl.float32, layout=both)
+    else:
+        acc = gl.zeros((HALF, WIDTH), gl.float32, layout=mma)
+    if SPLIT:
         acc_up = gl.zeros((HALF, WIDTH), gl.float32, layout=mma)
     for k in range(k_tiles):
         stage = it % STAGES
@@ -148,14 +173,16 @@ def _tile(
         if GATHER:
             fence_async_shared()
         a = a_smem.index(2 * stage + WG)
-        if PAIR:
-            b_gate = b_smem.index(2 * stage).slice(0, WIDTH, dim=0).permute((1, 0))
-            b_up = b_smem.index(2 * stage + 1).slice(0, WIDTH, dim=0).permute((1, 0))
+        if SPLIT:
+            b_gate = b_smem.index(stage).slice(0, WIDTH, dim=0).permute((1, 0))
+            b_up = b_smem.index(stage).slice(BN // 2, WIDTH, dim=0).permute((1, 0))
             acc = warpgroup_mma(a, b_gate, acc, is_async=True)
             acc_up = warpgroup_mma(a, b_up, acc_up, is_async=True)
             acc, acc_up = warpgroup_mma_wait(2, deps=(acc, acc_up))
         else:
-            if B_KMAJOR:
+            if PAIR:
+                b = b_smem.index(stage).permute((1, 0))
+            elif B_KMAJOR:
                 b = b_smem.index(stage).slice(0, WIDTH, dim=0).permute((1, 0))
             else:
                 b = b_smem.index(stage).slice(0, WIDTH, dim=1)
@@ -163,7 +190,7 @@ def _tile(
             acc = warpgroup_mma_wait(1, deps=(acc,))
         release(empty, it - 1, STAGES, k > 0)
         it += 1
-    if PAIR:
+    if SPLIT:
         acc, acc_up = warpgroup_mma_wait(0, deps=(acc, acc_up))
     else:
         acc = warpgroup_mma_wait(0, deps=(acc,))
@@ -171,12 +198,15 @@ def _tile(
     COUNT: gl.constexpr = WIDTH // CHUNK
     if EPILOGUE == "plain":
         parts = chunks(acc.to(dtype))
-        for j in gl.static_range(COUNT):
-            at = column + j * CHUNK
-            emit(parts[j], buffers, j, out_desc, out_ptr, out_stride, row, at, valid, N)
+        emit_all(parts, buffers, out_desc, out_ptr, out_stride, row, column, valid, N, COUNT)
     elif EPILOGUE == "swiglu":
-        gates = chunks(acc.to(dtype))
-        ups = chunks(acc_up.to(dtype))
+        if SPLIT:
+            gates = chunks(acc.to(dtype))
+            ups = chunks(acc_up.to(dtype))
+        else:
+            gate_half, up_half = halves(acc.to(dtype))
+            gates = chunks(gate_half)
+            ups = chunks(up_half)
         for j in gl.static_range(COUNT):
             at = column + j * CHUNK
             if KEEP_H:
@@ -267,7 +297,7 @@ def _consumer(
 @gluon.jit
 def rows_kernel(
     a_desc, a_ptr, token_ptr, b_desc, out_ptr, out_desc, out2_ptr, out2_desc, out3_ptr, out3_desc,
-    h_desc, h2_desc, weight_ptr, partial_ptr, tile_expert_ptr, tile_row_ptr, ends_ptr, count_ptr,
+    h_ptr, h_desc, h2_ptr, h2_desc, weight_ptr, partial_ptr, tile_expert_ptr, tile_row_ptr, ends_ptr, count_ptr,
     N, K, b_rows, second, out_stride, out3_stride, group_m,
     EPILOGUE: gl.constexpr, GATHER: gl.constexpr, EVEN_K: gl.constexpr, B_KMAJOR: gl.constexpr,
     KEEP_H: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
@@ -284,13 +314,11 @@ def rows_kernel(
     PAIR: gl.constexpr = EPILOGUE == "swiglu"
     dtype: gl.constexpr = a_ptr.dtype.element_ty
     a_smem = gl.allocate_shared_memory(dtype, [2 * STAGES, HALF, BK], a_desc.layout)
-    if PAIR:
-        b_smem = gl.allocate_shared_memory(dtype, [2 * STAGES, BN // 2, BK], b_desc.layout)
-    elif B_KMAJOR:
+    if B_KMAJOR:
         b_smem = gl.allocate_shared_memory(dtype, [STAGES, BN, BK], b_desc.layout)
     else:
         b_smem = gl.allocate_shared_memory(dtype, [STAGES, BK, BN], b_desc.layout)
-    BUFFERS: gl.constexpr = 1 if EPILOGUE == "dact" else 2
+    BUFFERS: gl.constexpr = 2 if PAIR else (1 if EPILOGUE == "dact" else BN // CHUNK)
     buffers0 = gl.allocate_shared_memory(dtype, [BUFFERS, HALF, CHUNK], a_desc.layout)
     buffers1 = gl.allocate_shared_memory(dtype, [BUFFERS, HALF, CHUNK], a_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -316,7 +344,8 @@ def rows_kernel(
                 1, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES,
             )),
             (_producer, (
-                a_desc, a_ptr, token_ptr, b_desc, h_desc, h2_desc, tile_expert_ptr, tile_row_ptr,
+                a_desc, a_ptr, token_ptr, b_desc, h_ptr, h_desc, h2_ptr, h2_desc, out_stride,
+                tile_expert_ptr, tile_row_ptr,
                 ends_ptr, count_ptr, a_smem, b_smem, full, empty, N, K, b_rows, second, group_m,
                 GATHER, EVEN_K, B_KMAJOR, EPILOGUE, BN, BK, STAGES,
             )),
