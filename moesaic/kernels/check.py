@@ -6,12 +6,14 @@ T tokens, D hidden size, E experts, I expert width, K experts a token.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 
-from moesaic.kernels import grouped, reference
-from moesaic.kernels.matmul import Backend
+from moesaic.core.errors import UserError
+from moesaic.kernels import reference, select
+from moesaic.kernels.select import PATHS, Path
 
 Routing = Literal["uniform", "one-expert", "some-empty"]
 _MOST_IN_FLOAT64 = 2**26
@@ -24,6 +26,10 @@ TOLERANCE = {
 }
 
 
+class PathRefused(UserError):
+    """A path does not run on these sizes here; the text says why."""
+
+
 @dataclass(frozen=True)
 class Check:
     """Relative errors (2-norm of the difference over the norm) of the output and the gradients."""
@@ -32,8 +38,9 @@ class Check:
     dtype: str
     device: str
     routing: Routing
-    backend: Backend
+    backend: Path
     reason: str | None
+    """Why the faster paths were not taken."""
     errors: dict[str, float]
     tolerance: float
 
@@ -58,16 +65,22 @@ def check(
     device: str | torch.device = "cpu",
     activation: reference.Activation = "silu",
     routing: Routing = "uniform",
+    path: Path | None = None,
     seed: int = 0,
 ) -> Check:
-    """Run `grouped.experts` in `dtype` and `reference.experts` in float64 on the same numbers.
+    """Run one path in `dtype` and `reference.experts` in float64 on the same numbers.
 
-    Experts of more than 2^26 weights are compared with float32 instead, to halve the memory.
+    `path=None` takes the path that `select` takes. Experts of more than 2^26 weights are compared
+    with float32 instead, to halve the memory. Raises PathRefused where `path` does not run.
     """
     inputs = _inputs(tokens, hidden, width, experts, top_k, dtype, device, routing, seed)
-    x_TD, gate_up_EJD, down_EDI = inputs[0], inputs[1], inputs[2]
-    backend, reason = grouped.choose_backend(x_TD, gate_up_EJD, down_EDI)
-    got = _run(grouped.experts, inputs, activation)
+    reasons = {name: select.why_not(name, *inputs[:4]) for name in PATHS}
+    taken = next(name for name in PATHS if reasons[name] is None) if path is None else path
+    refusal = reasons[taken]
+    if refusal is not None:
+        raise PathRefused(refusal)
+    faster = [text for name in PATHS[: PATHS.index(taken)] if (text := reasons[name])]
+    got = _run(partial(select.run, taken), inputs, activation)
     wide = torch.float64 if 3 * experts * width * hidden <= _MOST_IN_FLOAT64 else torch.float32
     exact = _run(reference.experts, [_widen(tensor, wide) for tensor in inputs], activation)
     return Check(
@@ -75,11 +88,19 @@ def check(
         dtype=str(dtype).removeprefix("torch."),
         device=str(device),
         routing=routing,
-        backend=backend,
-        reason=reason,
+        backend=taken,
+        reason="; ".join(faster) or None,
         errors={part: relative_error(a, b) for part, a, b in zip(PARTS, got, exact, strict=True)},
         tolerance=TOLERANCE[dtype],
     )
+
+
+def check_path(*, path: Path, **options: Any) -> Check | str:
+    """Run `check` on one path, or return the reason why that path does not run."""
+    try:
+        return check(path=path, **options)
+    except PathRefused as refusal:
+        return str(refusal)
 
 
 def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:

@@ -18,7 +18,7 @@ torch.compile), through `kernels.unusual`. Each choice is said once, with its re
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -26,6 +26,8 @@ from moesaic.core.console import note
 from moesaic.kernels import grouped, options, unusual
 from moesaic.kernels.reference import Activation
 
+Path = Literal["fused", "grouped", "loop"]
+PATHS: tuple[Path, ...] = ("fused", "grouped", "loop")
 _PLAIN_GATE = "_default_apply_gate"  # transformers' `act_fn(gate) * up` on the two halves
 _PLAIN = {  # attribute: value in a plain module (assumed where a version lacks it), else what it is
     "has_gate": (True, "its experts have no gate"),
@@ -34,7 +36,7 @@ _PLAIN = {  # attribute: value in a plain module (assumed where a version lacks 
     "has_post_expert_norm": (False, "its experts end in a norm"),
 }
 _WEIGHTS = ("gate_up_proj", "down_proj")
-_said: set[str] = set()
+_said: dict[str, None] = {}  # in order
 
 
 def experts_forward(
@@ -118,6 +120,42 @@ def why_not_fused(
     return refused
 
 
+def said() -> tuple[str, ...]:
+    """Return the lines about the paths taken so far in this process, in order."""
+    return tuple(_said)
+
+
+def forget() -> None:
+    """Say every path anew from now on."""
+    _said.clear()
+
+
+def why_not(
+    path: Path,
+    x_TD: torch.Tensor,
+    gate_up_EJD: torch.Tensor,
+    down_EDI: torch.Tensor,
+    ids_TK: torch.Tensor,
+) -> str | None:
+    """Say why `path` does not take these tensors, or return None; the first that does is taken."""
+    if path == "loop":
+        return None
+    if path == "grouped":
+        return grouped.choose_backend(x_TD, gate_up_EJD, down_EDI)[1]
+    reason = _why_no_triton(x_TD.device, sentinels=False)
+    if reason is None:
+        reason = _triton().why_not(x_TD, gate_up_EJD, down_EDI, ids_TK)
+    return reason
+
+
+def run(path: Path, *operands: torch.Tensor, activation: Activation) -> torch.Tensor:
+    """Compute plain experts by one path: x_TD, gate_up_EJD, down_EDI, ids_TK, weights_TK."""
+    if path == "fused":
+        out_TD: torch.Tensor = _triton().experts(*operands, activation=activation)
+        return out_TD
+    return grouped.experts(*operands, activation=activation, backend=path)
+
+
 def activation_of(module: torch.nn.Module) -> Activation | None:
     """Return the name of the module's activation, or None where our kernels do not know it."""
     act = getattr(module, "act_fn", None)
@@ -192,5 +230,5 @@ def _delegate(
 def _say(text: str) -> None:
     """Say `text` unless it was said before in this process; under torch.compile, while tracing."""
     if text not in _said:
-        _said.add(text)
+        _said[text] = None
         note(text)

@@ -34,7 +34,7 @@ def calls(monkeypatch):
 def said(monkeypatch):
     """What `select` said about the paths taken."""
     lines: list[str] = []
-    monkeypatch.setattr(select, "_said", set())
+    monkeypatch.setattr(select, "_said", {})
     monkeypatch.setattr(select, "note", lines.append)
     return lines
 

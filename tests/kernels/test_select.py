@@ -58,7 +58,7 @@ class Notes:
 
 @pytest.fixture
 def notes(monkeypatch):
-    monkeypatch.setattr(select, "_said", set())
+    monkeypatch.setattr(select, "_said", {})
     with reporting(Notes()) as reporter:
         yield reporter.said
 

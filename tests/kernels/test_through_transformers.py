@@ -201,7 +201,7 @@ class _Fused:
 @pytest.mark.parametrize("reason", [None, "it is too small"])
 def test_fused_kernels_run_wherever_they_do_not_refuse(reason, monkeypatch):
     fused, said = _Fused(reason), []
-    monkeypatch.setattr(select, "_said", set())
+    monkeypatch.setattr(select, "_said", {})
     monkeypatch.setattr(select, "note", said.append)
     monkeypatch.setattr(select, "_triton", lambda: fused)
     monkeypatch.setattr(select, "_why_no_triton", lambda device, *, sentinels: None)
