@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -264,3 +265,12 @@ def test_a_config_without_architectures_is_a_language_model(mixtral, tmp_path):
     shutil.copytree(mixtral, tmp_path / "model")
     _change_config(tmp_path / "model", architectures=None)
     assert type(moesaic.load(tmp_path / "model")).__name__ == "MixtralForCausalLM"
+
+
+def test_the_example_of_the_page_runs(tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "loading.md").read_text("utf-8")
+    (block,) = re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    shutil.copytree(RELEASED, tmp_path / "runs" / "moe")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "page", "exec"), {})
+    assert "LlamaMoEForCausalLM" in capsys.readouterr().out
