@@ -52,13 +52,21 @@ def test_info_needs_only_the_config(tmp_path):
 
 def test_info_tells_why_a_model_is_not_loaded(tmp_path):
     shutil.copytree(MODEL, tmp_path / "model")
-    config = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "scale_factor": 4}
+    config = {"model_type": "of-nobody", "auto_map": {"AutoModel": "theirs.Model"}}
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     result = run_cli("info", tmp_path / "model", "--json")
     assert result.exit_code == 0
-    assert "LLaMA-MoE-v2" in result.json["refused"]
+    assert "moesaic/models/families/of_nobody.py" in result.json["refused"]
     assert result.json["anatomy"] is None
     assert "34,080" in run_cli("info", tmp_path / "model").stdout
+
+
+def test_info_says_what_a_lying_file_is_and_what_is_corrected():
+    shown = run_cli("info", GOLDEN / "families" / "llama_moe_v2").stdout
+    assert "llama_moe_v2; config.json has" in shown
+    found = run_cli("info", GOLDEN / "families" / "nllb_moe", "--json").json
+    assert set(found["corrected"]) == {"nllb_moe_class", "nllb_moe_dispatch"}
+    assert "its two experts" in run_cli("info", GOLDEN / "families" / "nllb_moe").stdout
 
 
 def test_info_warns_when_files_and_config_disagree(tmp_path):
@@ -72,7 +80,7 @@ def test_info_warns_when_files_and_config_disagree(tmp_path):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("qwen3", ["Qwen/Qwen3-30B-A3B", "hf download"]),
+        ("Qwen/Qwen9-MoE", ["Qwen/Qwen9-MoE", "hf download"]),
         ("qwen33", ["does not exist", "Did you mean 'qwen3'?"]),
         ("/nowhere", ["does not exist"]),
     ],
