@@ -72,8 +72,10 @@ def experts(
     how = (activation, backend, compute, sentinels)
     if torch.compiler.is_compiling():
         out_TD: torch.Tensor = torch.ops.moesaic.experts(*arguments, *how)[0]
-    else:
+    elif torch.is_grad_enabled():
         out_TD = _Experts.apply(*arguments, *how)
+    else:
+        out_TD = _forward(*arguments, *how)[0]
     return out_TD
 
 
@@ -109,9 +111,11 @@ def invert(order_N: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(row_N).scatter_(0, order_N.long(), row_N)
 
 
-def combine(y_ND: torch.Tensor, inverse_N: torch.Tensor, top_k: int) -> torch.Tensor:
+def combine(y_ND: torch.Tensor, order_N: torch.Tensor, top_k: int) -> torch.Tensor:
     """Sum the K rows of each token (torch adds half-precision numbers in float32)."""
-    y_TKD = y_ND.index_select(0, inverse_N).view(-1, top_k, y_ND.shape[1])
+    if y_ND.shape[0] == top_k:  # one token: its rows in any order
+        return y_ND.sum(dim=0, keepdim=True)
+    y_TKD = y_ND.index_select(0, invert(order_N)).view(-1, top_k, y_ND.shape[1])
     if top_k == 2:  # the same number, three times faster than a reduction on a CPU
         return y_TKD[:, 0] + y_TKD[:, 1]
     return y_TKD[:, 0] if top_k == 1 else y_TKD.sum(dim=1)
@@ -170,7 +174,7 @@ def _forward(
     y_ND = rows(a_NI, down_EDI.to(compute).transpose(1, 2), how)
     if sentinels:
         clear_tail(y_ND, ends_E)
-    return combine(y_ND, invert(order_N), top_k).to(x_TD.dtype), h_NJ, order_N, ends_E
+    return combine(y_ND, order_N, top_k).to(x_TD.dtype), h_NJ, order_N, ends_E
 
 
 def _backward(
@@ -187,7 +191,7 @@ def _backward(
     needs_x, needs_gate_up, needs_down, needs_weights = needs
     top_k = weights_TK.shape[1]
     how = layout(ends_E, len(order_N), compute, backend=backend)
-    token_N, inverse_N = order_N // top_k, invert(order_N)
+    token_N = order_N // top_k
     weight_N1 = weights_TK.reshape(-1).index_select(0, order_N).unsqueeze(1)
     d_x = d_gate_up = d_down = d_weights = None
 
@@ -200,8 +204,9 @@ def _backward(
         clear_tail(da_NI, ends_E)
     if needs_weights:
         wide = torch.promote_types(compute, torch.float32)
-        d_weight_N = (da_NI * a_NI).sum(dim=1, dtype=wide).index_select(0, inverse_N)
-        d_weights = d_weight_N.view(weights_TK.shape).to(weights_TK.dtype)
+        d_weight_N = (da_NI * a_NI).sum(dim=1, dtype=wide)
+        d_weights = torch.empty_like(d_weight_N).scatter_(0, order_N.long(), d_weight_N)
+        d_weights = d_weights.view(weights_TK.shape).to(weights_TK.dtype)
     if needs_down:
         d_down = outer(grad_ND, a_NI.mul_(weight_N1), how).to(down_EDI.dtype)
     del a_NI, grad_ND
@@ -212,7 +217,7 @@ def _backward(
             dx_ND = rows(dh_NJ, gate_up_EJD.to(compute), how)
             if sentinels:
                 clear_tail(dx_ND, ends_E)
-            d_x = combine(dx_ND, inverse_N, top_k).to(x_TD.dtype)
+            d_x = combine(dx_ND, order_N, top_k).to(x_TD.dtype)
             del dx_ND
         if needs_gate_up:
             x_ND = x_TD.index_select(0, token_N).to(compute)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from moesaic.kernels import matmul
-from moesaic.kernels.grouped import combine, invert, sort_rows
+from moesaic.kernels.grouped import combine, sort_rows
 
 
 def why_not_grouped(module: Any, x_TD: torch.Tensor) -> str | None:
@@ -54,7 +54,7 @@ def experts(
         y_ND = module.post_expert_norm(y_ND)
     y_ND = y_ND * weights_TK.reshape(-1).index_select(0, order_N).unsqueeze(1)
     y_ND = y_ND.masked_fill((expert_N >= count).unsqueeze(1), 0)
-    return combine(y_ND, invert(order_N), top_k).to(x_TD.dtype)
+    return combine(y_ND, order_N, top_k).to(x_TD.dtype)
 
 
 def _weights(module: Any) -> tuple[torch.Tensor, ...]:
