@@ -95,14 +95,21 @@ def _aligned(*weights: torch.Tensor) -> bool:
 
 
 def sort_rows(ids_TK: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return order_N (the flat position t*K + k of each sorted row) and ends_E, both int32."""
+    """Return order_N (the flat position t*K + k of each sorted row) and ends_E, int32.
+
+    On a CPU order_N stays int64: there a conversion costs more than four bytes a row.
+    """
     # A narrow key: a radix sort on a GPU takes one pass a byte.
     key_N = ids_TK.reshape(-1).to(torch.int16 if experts < 2**15 else torch.int64)
     sorted_N, order_N = torch.sort(key_N, stable=True)
     expert_E = torch.arange(experts, dtype=key_N.dtype, device=key_N.device)
     # Not bincount, which waits for the GPU, nor histc, whose dtypes differ between CPU and GPU.
     ends_E = torch.searchsorted(sorted_N, expert_E, right=True, out_int32=True)
-    return order_N.to(torch.int32), ends_E
+    return order_N.to(_order_dtype(ids_TK)), ends_E
+
+
+def _order_dtype(ids_TK: torch.Tensor) -> torch.dtype:
+    return torch.int64 if ids_TK.device.type == "cpu" else torch.int32
 
 
 def invert(order_N: torch.Tensor) -> torch.Tensor:
@@ -136,11 +143,14 @@ def _activation_backward(
 
 
 def _gate_backward(
-    da_NI: torch.Tensor, act_NI: torch.Tensor, h_NJ: torch.Tensor, activation: Activation
+    da_NI: torch.Tensor,
+    act_NI: torch.Tensor,
+    gate_NI: torch.Tensor,
+    up_NI: torch.Tensor,
+    activation: Activation,
 ) -> torch.Tensor:
-    """Return dh_NJ of a = act(gate) * up, given da, act(gate) and h; overwrites `da_NI`."""
-    gate_NI, up_NI = h_NJ.chunk(2, dim=1)
-    dh_NJ = torch.empty_like(h_NJ)
+    """Return dh_NJ of a = act(gate) * up, given da, act(gate) and both; overwrites `da_NI`."""
+    dh_NJ = gate_NI.new_empty(gate_NI.shape[0], 2 * gate_NI.shape[1])
     d_gate_NI, d_up_NI = dh_NJ.chunk(2, dim=1)
     torch.mul(da_NI, act_NI, out=d_up_NI)
     _activation_backward(da_NI.mul_(up_NI), gate_NI, activation, grad_input=d_gate_NI)
@@ -170,7 +180,7 @@ def _forward(
     gate_NI, up_NI = h_NJ.chunk(2, dim=1)
     a_NI = activate(gate_NI, activation).mul_(up_NI)
     # In place: a float32 weight times a bf16 row is computed in float32 and rounded once.
-    a_NI.mul_(weights_TK.reshape(-1).index_select(0, order_N).unsqueeze(1))
+    a_NI.mul_(weights_TK.reshape(-1, 1).index_select(0, order_N))
     y_ND = rows(a_NI, down_EDI.to(compute).transpose(1, 2), how)
     if sentinels:
         clear_tail(y_ND, ends_E)
@@ -192,7 +202,7 @@ def _backward(
     top_k = weights_TK.shape[1]
     how = layout(ends_E, len(order_N), compute, backend=backend)
     token_N = order_N // top_k
-    weight_N1 = weights_TK.reshape(-1).index_select(0, order_N).unsqueeze(1)
+    weight_N1 = weights_TK.reshape(-1, 1).index_select(0, order_N)
     d_x = d_gate_up = d_down = d_weights = None
 
     gate_NI, up_NI = h_NJ.chunk(2, dim=1)
@@ -211,7 +221,7 @@ def _backward(
         d_down = outer(grad_ND, a_NI.mul_(weight_N1), how).to(down_EDI.dtype)
     del a_NI, grad_ND
     if needs_x or needs_gate_up:
-        dh_NJ = _gate_backward(da_NI.mul_(weight_N1), act_NI, h_NJ, activation)
+        dh_NJ = _gate_backward(da_NI.mul_(weight_N1), act_NI, gate_NI, up_NI, activation)
         del da_NI, act_NI
         if needs_x:
             dx_ND = rows(dh_NJ, gate_up_EJD.to(compute), how)
@@ -286,7 +296,8 @@ def _forward_shapes(
 ) -> tuple[torch.Tensor, ...]:
     rows_N = ids.numel()
     h_NJ = x.new_empty(rows_N, gate_up.shape[1], dtype=compute)
-    order_N, ends_E = (ids.new_empty(n, dtype=torch.int32) for n in (rows_N, gate_up.shape[0]))
+    order_N = ids.new_empty(rows_N, dtype=_order_dtype(ids))
+    ends_E = ids.new_empty(gate_up.shape[0], dtype=torch.int32)
     return x.new_empty(x.shape), h_NJ, order_N, ends_E
 
 

@@ -169,7 +169,7 @@ def test_keeps_only_x_and_h(dtype):
     ours = _saved_bytes(lambda: grouped.experts(x, gate_up, down, ids, weights)) - parameters
     rows = tokens * top_k
     x_and_h = x.nbytes + rows * 2 * width * dtype.itemsize
-    assert x_and_h <= ours <= x_and_h + rows * (4 + 4) + 4 * experts  # weights, order, ends
+    assert x_and_h <= ours <= x_and_h + rows * (8 + 4) + 4 * experts  # order, weights, ends
 
     module = PlainExperts(gate_up, down)
     stock = _saved_bytes(lambda: grouped_mm_experts_forward(module, x, ids, weights)) - parameters
