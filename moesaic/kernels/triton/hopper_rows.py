@@ -47,16 +47,8 @@ def _sigmoid(x):
 
 
 @gluon.jit
-def _prefetch(pointers):
-    gl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=gl.int32,
-        is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
 def _producer(
-    a_desc, a_ptr, token_ptr, b_desc, h_ptr, h_desc, h2_ptr, h2_desc, h_stride, tile_expert_ptr, tile_row_ptr, ends_ptr,
+    a_desc, a_ptr, token_ptr, b_desc, h_desc, h2_desc, tile_expert_ptr, tile_row_ptr, ends_ptr,
     count_ptr, a_smem, b_smem, full, empty, N, K, b_rows, second, group_m,
     GATHER: gl.constexpr, EVEN_K: gl.constexpr, B_KMAJOR: gl.constexpr, EPILOGUE: gl.constexpr,
     BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
@@ -86,14 +78,6 @@ def _producer(
             other = gl.load(token_ptr + row + gl.minimum(r + HALF, valid - 1))
             a0 = a_ptr + first.to(gl.int64)[:, None] * K + c[None, :]
             a1 = a_ptr + other.to(gl.int64)[:, None] * K + c[None, :]
-        if EPILOGUE == "dact":
-            # All programs come to their rows of h at the same time: fetch them to the cache early.
-            near: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [4, 1], [1, 0])
-            hr = gl.minimum(gl.arange(0, 2 * HALF, layout=gl.SliceLayout(1, near)), valid - 1)
-            hc = column + CHUNK * gl.arange(0, BN // CHUNK, layout=gl.SliceLayout(0, near))
-            line = (row + hr).to(gl.int64)[:, None] * h_stride + gl.minimum(hc, N - 1)[None, :]
-            _prefetch(h_ptr + line)
-            _prefetch(h2_ptr + line)
         for k in range(k_tiles):
             stage = it % STAGES
             bar = full.index(stage)
@@ -297,7 +281,7 @@ def _consumer(
 @gluon.jit
 def rows_kernel(
     a_desc, a_ptr, token_ptr, b_desc, out_ptr, out_desc, out2_ptr, out2_desc, out3_ptr, out3_desc,
-    h_ptr, h_desc, h2_ptr, h2_desc, weight_ptr, partial_ptr, tile_expert_ptr, tile_row_ptr, ends_ptr, count_ptr,
+    h_desc, h2_desc, weight_ptr, partial_ptr, tile_expert_ptr, tile_row_ptr, ends_ptr, count_ptr,
     N, K, b_rows, second, out_stride, out3_stride, group_m,
     EPILOGUE: gl.constexpr, GATHER: gl.constexpr, EVEN_K: gl.constexpr, B_KMAJOR: gl.constexpr,
     KEEP_H: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
@@ -344,7 +328,7 @@ def rows_kernel(
                 1, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES,
             )),
             (_producer, (
-                a_desc, a_ptr, token_ptr, b_desc, h_ptr, h_desc, h2_ptr, h2_desc, out_stride,
+                a_desc, a_ptr, token_ptr, b_desc, h_desc, h2_desc,
                 tile_expert_ptr, tile_row_ptr,
                 ends_ptr, count_ptr, a_smem, b_smem, full, empty, N, K, b_rows, second, group_m,
                 GATHER, EVEN_K, B_KMAJOR, EPILOGUE, BN, BK, STAGES,

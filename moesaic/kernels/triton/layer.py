@@ -6,8 +6,8 @@ from moesaic.kernels.triton.combine import combine, weight_gradient
 from moesaic.kernels.triton.metadata import Routing, route
 from moesaic.kernels.triton.products import Launch
 
-DEFAULT = {"up": Launch(256, 4), "down": Launch(256, 4), "dact": Launch(256, 4), "dx": Launch(256, 4),
-           "dup": Launch(256, 4), "ddown": Launch(256, 4)}
+DEFAULT = {"up": Launch(256, 4), "down": Launch(256, 3), "dact": Launch(256, 4), "dx": Launch(256, 3),
+           "dup": Launch(256, 3), "ddown": Launch(256, 3)}
 
 def forward(x, w1, w2, ids, w, launches=DEFAULT, keep_h=True):
     routing = route(ids, w, experts=w1.shape[0], tile_rows=128)

@@ -83,7 +83,7 @@ def _rows(
         f"{name}_desc": _descriptor(outputs[name], 64, 64) for name in names if name in outputs
     }
     pointers = {
-        f"{name}_ptr": outputs.get(name) for name in ("out", "out2", "out3", "h", "h2", "weight", "partial")
+        f"{name}_ptr": outputs.get(name) for name in ("out", "out2", "out3", "weight", "partial")
     }
     tiles = routing.most_tiles * _cut(columns, width)
     rows_kernel[(_programs(a.device, tiles, launch),)](
