@@ -32,6 +32,21 @@ from moesaic.kernels.triton.hopper_common import (
 
 
 @gluon.jit
+def _look(tile, tiles, per_expert, tiles_m, tiles_n, group_m, ends_ptr):
+    """Where a tile lies: the expert's first and last row, row tile, column tile."""
+    tile = gl.minimum(tile, tiles - 1)
+    expert = tile // per_expert
+    m, n = swizzle(tile - expert * per_expert, tiles_m, tiles_n, group_m)
+    begin = gl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
+    return begin, gl.load(ends_ptr + expert), m, n
+
+
+@gluon.jit
+def _tokens(token_ptr, row, end, r):
+    return gl.load(token_ptr + row + r, mask=row + r < end, other=0)
+
+
+@gluon.jit
 def _producer(
     a_ptr, token_ptr, b_desc, ends_ptr, a_smem, b_smem, full, empty, experts, M, N,
     group_m,
@@ -45,23 +60,26 @@ def _producer(
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
     r = gl.arange(0, BK, layout=gl.SliceLayout(1, layout))
     c = gl.arange(0, HALF, layout=gl.SliceLayout(0, layout))
-    for tile in range(gl.program_id(0), experts * per_expert, gl.num_programs(0)):
-        expert = tile // per_expert
-        m, n = swizzle(tile - expert * per_expert, tiles_m, tiles_n, group_m)
-        begin = gl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
-        end = gl.load(ends_ptr + expert)
+    tiles = experts * per_expert
+    # The first tokens of the next tile are read while this one is loaded; within a tile two steps
+    # of them are under way: no copy waits for its row's number.
+    begin, end, m, n = _look(gl.program_id(0), tiles, per_expert, tiles_m, tiles_n, group_m, ends_ptr)
+    token = _tokens(token_ptr, begin, end, r)
+    next_token = _tokens(token_ptr, begin + BK, end, r)
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        after_begin, after_end, after_m, after_n = _look(
+            tile + gl.num_programs(0), tiles, per_expert, tiles_m, tiles_n, group_m, ends_ptr
+        )
+        after_token = _tokens(token_ptr, after_begin, after_end, r)
+        after_next_token = _tokens(token_ptr, after_begin + BK, after_end, r)
         base = a_ptr + m * BM
-        # Two steps of token ids are under way, so that no copy waits for its row's number.
-        token = gl.load(token_ptr + begin + r, mask=begin + r < end, other=0)
-        next_token = gl.load(token_ptr + begin + BK + r, mask=begin + BK + r < end, other=0)
         for row in range(begin, end, BK):
             stage = it % STAGES
             bar = full.index(stage)
-            after = row + 2 * BK + r
             where = base + token.to(gl.int64)[:, None] * M + c[None, :]
             mine = (r < end - row)[:, None]
             token = next_token
-            next_token = gl.load(token_ptr + after, mask=after < end, other=0)
+            next_token = _tokens(token_ptr, row + 2 * BK, end, r)
             mbarrier.wait(empty.index(stage), ((it // STAGES) & 1) ^ 1)
             mbarrier.expect(bar, BN * BK * 2)
             tma_load(b_desc, [row, n * BN], bar, b_smem.index(stage))
@@ -77,6 +95,8 @@ def _producer(
                 )
             async_copy.mbarrier_arrive(bar, increment_count=False)
             it += 1
+        begin, end, m, n = after_begin, after_end, after_m, after_n
+        token, next_token = after_token, after_next_token
 
 
 @gluon.jit
@@ -91,11 +111,13 @@ def _consumer(
     tiles_n = gl.cdiv(N, BN)
     per_expert = tiles_m * tiles_n
     it = 0
-    for tile in range(gl.program_id(0), experts * per_expert, gl.num_programs(0)):
+    tiles = experts * per_expert
+    begin, end, m, n = _look(gl.program_id(0), tiles, per_expert, tiles_m, tiles_n, group_m, ends_ptr)
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        after_begin, after_end, after_m, after_n = _look(
+            tile + gl.num_programs(0), tiles, per_expert, tiles_m, tiles_n, group_m, ends_ptr
+        )
         expert = tile // per_expert
-        m, n = swizzle(tile - expert * per_expert, tiles_m, tiles_n, group_m)
-        begin = gl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
-        end = gl.load(ends_ptr + expert)
         acc = gl.zeros((HALF, BN), gl.float32, layout=mma)
         for row in range(begin, end, BK):
             stage = it % STAGES
@@ -121,6 +143,7 @@ def _consumer(
                 parts, buffers, out_desc, out_ptr, N, expert * M + first, at, M - first, N,
                 BN // CHUNK,
             )  # fmt: skip
+        begin, end, m, n = after_begin, after_end, after_m, after_n
     tma.store_wait(0)
 
 

@@ -47,8 +47,27 @@ def _sigmoid(x):
 
 
 @gluon.jit
+def _look(
+    turn, tiles, tiles_m, tiles_n, group_m, tile_expert_ptr, tile_row_ptr, tile_left_ptr
+):  # fmt: skip
+    """Where this program's tile number `turn` lies: first row, rows left, column tile, expert."""
+    tile = gl.minimum(gl.program_id(0) + turn * gl.num_programs(0), tiles - 1)
+    tile = gl.maximum(tile, 0)
+    m, n = swizzle(tile, tiles_m, tiles_n, group_m)
+    row = gl.load(tile_row_ptr + m)
+    return row, gl.load(tile_left_ptr + m), n, gl.load(tile_expert_ptr + m)
+
+
+@gluon.jit
+def _tokens(token_ptr, row, left, r):
+    """Tokens of a tile's two halves; past the expert's end its last one, which is never stored."""
+    first = gl.load(token_ptr + row + gl.minimum(r, left - 1))
+    return first, gl.load(token_ptr + row + gl.minimum(r + HALF, left - 1))
+
+
+@gluon.jit
 def _producer(
-    a_desc, a_ptr, token_ptr, b_desc, h_desc, h2_desc, tile_expert_ptr, tile_row_ptr, ends_ptr,
+    a_desc, a_ptr, token_ptr, b_desc, h_desc, h2_desc, tile_expert_ptr, tile_row_ptr, tile_left_ptr,
     count_ptr, a_smem, b_smem, full, empty, N, K, b_rows, second, group_m,
     GATHER: gl.constexpr, EVEN_K: gl.constexpr, B_KMAJOR: gl.constexpr, EPILOGUE: gl.constexpr,
     BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
@@ -61,23 +80,31 @@ def _producer(
     tiles_n = gl.cdiv(N, WIDTH)
     k_tiles = gl.cdiv(K, BK)
     it = 0
-    for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
-        m, n = swizzle(tile, tiles_m, tiles_n, group_m)
-        expert = gl.load(tile_expert_ptr + m)
-        row = gl.load(tile_row_ptr + m)
-        valid = gl.load(ends_ptr + expert) - row
+    tiles = tiles_m * tiles_n
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
+    r = gl.arange(0, HALF, layout=gl.SliceLayout(1, layout))
+    c = gl.arange(0, BK, layout=gl.SliceLayout(0, layout))
+    # The place of the next tile and its tokens are read while this one is loaded, and the place of
+    # the one after: no load ever waits for the number that says what to load.
+    now = _look(0, tiles, tiles_m, tiles_n, group_m, tile_expert_ptr, tile_row_ptr, tile_left_ptr)
+    then = _look(1, tiles, tiles_m, tiles_n, group_m, tile_expert_ptr, tile_row_ptr, tile_left_ptr)
+    row, left, column_tile, expert = now
+    next_row, next_left, next_column_tile, next_expert = then
+    if GATHER:
+        token0, token1 = _tokens(token_ptr, row, left, r)
+    turn = 0
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        after_row, after_left, after_column_tile, after_expert = _look(
+            turn + 2, tiles, tiles_m, tiles_n, group_m, tile_expert_ptr, tile_row_ptr, tile_left_ptr
+        )
+        valid = left
         both = valid > HALF
         b_row = expert * b_rows
-        column = n * WIDTH
+        column = column_tile * WIDTH
         if GATHER:
-            layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
-            r = gl.arange(0, HALF, layout=gl.SliceLayout(1, layout))
-            c = gl.arange(0, BK, layout=gl.SliceLayout(0, layout))
-            # Rows past the expert's end repeat its last one; they are never stored.
-            first = gl.load(token_ptr + row + gl.minimum(r, valid - 1))
-            other = gl.load(token_ptr + row + gl.minimum(r + HALF, valid - 1))
-            a0 = a_ptr + first.to(gl.int64)[:, None] * K + c[None, :]
-            a1 = a_ptr + other.to(gl.int64)[:, None] * K + c[None, :]
+            a0 = a_ptr + token0.to(gl.int64)[:, None] * K + c[None, :]
+            a1 = a_ptr + token1.to(gl.int64)[:, None] * K + c[None, :]
+            token0, token1 = _tokens(token_ptr, next_row, next_left, r)
         for k in range(k_tiles):
             stage = it % STAGES
             bar = full.index(stage)
@@ -127,6 +154,10 @@ def _producer(
                 tma_load(h2_desc, [row + HALF, gate], bar, rest.index(1))
                 async_copy.mbarrier_arrive(bar, increment_count=False)
                 it += 1
+        row, left, column_tile, expert = next_row, next_left, next_column_tile, next_expert
+        next_row, next_left, next_column_tile = after_row, after_left, after_column_tile
+        next_expert = after_expert
+        turn += 1
 
 
 @gluon.jit
@@ -235,7 +266,7 @@ def _tile(
 
 @gluon.jit
 def _consumer(
-    a_smem, b_smem, buffers, full, empty, tile_expert_ptr, tile_row_ptr, ends_ptr, count_ptr,
+    a_smem, b_smem, buffers, full, empty, tile_expert_ptr, tile_row_ptr, tile_left_ptr, count_ptr,
     out_ptr, out_desc, out2_ptr, out2_desc, out3_ptr, out3_desc, weight_ptr, partial_ptr, N, K,
     out_stride, out3_stride, group_m,
     WG: gl.constexpr, EPILOGUE: gl.constexpr, GATHER: gl.constexpr, B_KMAJOR: gl.constexpr,
@@ -247,12 +278,19 @@ def _consumer(
     tiles_n = gl.cdiv(N, WIDTH)
     k_tiles = gl.cdiv(K, BK)
     it = 0
-    for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
-        m, n = swizzle(tile, tiles_m, tiles_n, group_m)
-        expert = gl.load(tile_expert_ptr + m)
-        row = gl.load(tile_row_ptr + m) + WG * HALF
-        valid = gl.load(ends_ptr + expert) - row
-        column = n * WIDTH
+    tiles = tiles_m * tiles_n
+    first, left, column_tile, _ = _look(
+        0, tiles, tiles_m, tiles_n, group_m, tile_expert_ptr, tile_row_ptr, tile_left_ptr
+    )
+    turn = 0
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        turn += 1
+        next_first, next_left, next_column_tile, _ = _look(
+            turn, tiles, tiles_m, tiles_n, group_m, tile_expert_ptr, tile_row_ptr, tile_left_ptr
+        )
+        row = first + WG * HALF
+        valid = left - WG * HALF
+        column = column_tile * WIDTH
         if valid <= 0:
             STEPS: gl.constexpr = BN // CHUNK if EPILOGUE == "dact" else 0
             for k in range(k_tiles + STEPS):
@@ -274,6 +312,7 @@ def _consumer(
                 partial_ptr, N, out_stride, out3_stride,
                 WG, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES, NARROW,
             )  # fmt: skip
+        first, left, column_tile = next_first, next_left, next_column_tile
     if EPILOGUE != "dact":
         tma.store_wait(0)
 
@@ -281,7 +320,7 @@ def _consumer(
 @gluon.jit
 def rows_kernel(
     a_desc, a_ptr, token_ptr, b_desc, out_ptr, out_desc, out2_ptr, out2_desc, out3_ptr, out3_desc,
-    h_desc, h2_desc, weight_ptr, partial_ptr, tile_expert_ptr, tile_row_ptr, ends_ptr, count_ptr,
+    h_desc, h2_desc, weight_ptr, partial_ptr, tile_expert_ptr, tile_row_ptr, tile_left_ptr, count_ptr,
     N, K, b_rows, second, out_stride, out3_stride, group_m,
     EPILOGUE: gl.constexpr, GATHER: gl.constexpr, EVEN_K: gl.constexpr, B_KMAJOR: gl.constexpr,
     KEEP_H: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
@@ -316,13 +355,13 @@ def rows_kernel(
     gl.warp_specialize(
         [
             (_consumer, (
-                a_smem, b_smem, buffers0, full, empty, tile_expert_ptr, tile_row_ptr, ends_ptr,
+                a_smem, b_smem, buffers0, full, empty, tile_expert_ptr, tile_row_ptr, tile_left_ptr,
                 count_ptr, out_ptr, out_desc, out2_ptr, out2_desc, out3_ptr, out3_desc, weight_ptr,
                 partial_ptr, N, K, out_stride, out3_stride, group_m,
                 0, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES,
             )),
             (_consumer, (
-                a_smem, b_smem, buffers1, full, empty, tile_expert_ptr, tile_row_ptr, ends_ptr,
+                a_smem, b_smem, buffers1, full, empty, tile_expert_ptr, tile_row_ptr, tile_left_ptr,
                 count_ptr, out_ptr, out_desc, out2_ptr, out2_desc, out3_ptr, out3_desc, weight_ptr,
                 partial_ptr, N, K, out_stride, out3_stride, group_m,
                 1, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES,
@@ -330,7 +369,7 @@ def rows_kernel(
             (_producer, (
                 a_desc, a_ptr, token_ptr, b_desc, h_desc, h2_desc,
                 tile_expert_ptr, tile_row_ptr,
-                ends_ptr, count_ptr, a_smem, b_smem, full, empty, N, K, b_rows, second, group_m,
+                tile_left_ptr, count_ptr, a_smem, b_smem, full, empty, N, K, b_rows, second, group_m,
                 GATHER, EVEN_K, B_KMAJOR, EPILOGUE, BN, BK, STAGES,
             )),
         ],

@@ -36,6 +36,8 @@ class Routing:
     """Expert of each row tile, int32 [tiles]; only the first `tiles[0]` count."""
     tile_row: torch.Tensor
     """First sorted row of each row tile, int32 [tiles]."""
+    tile_left: torch.Tensor
+    """Rows from there to the expert's end, int32 [tiles]; more than `tile_rows` if tiles follow."""
     tiles: torch.Tensor
     """Number of row tiles, int32 [1]."""
     tile_rows: int
@@ -50,7 +52,7 @@ class Routing:
         """The tensors in the order of the fields."""
         return [
             self.token_N, self.weight_N, self.inverse_N, self.ends_E,
-            self.tile_expert, self.tile_row, self.tiles,
+            self.tile_expert, self.tile_row, self.tile_left, self.tiles,
         ]  # fmt: skip
 
 
@@ -64,9 +66,9 @@ def route(
     bins = triton.next_power_of_2(experts + 1)
     most_tiles = triton.cdiv(rows, tile_rows) + experts
     ids_TK, weights_TK = ids_TK.contiguous(), weights_TK.contiguous()
-    ints = torch.empty(2 * rows + 2 * most_tiles + 2 * experts + 1, dtype=torch.int32, device=device)
-    token_N, inverse_N, tile_expert, tile_row, ends_E, totals_E, tiles = ints.split(
-        [rows, rows, most_tiles, most_tiles, experts, experts, 1]
+    ints = torch.empty(2 * rows + 3 * most_tiles + 2 * experts + 1, dtype=torch.int32, device=device)
+    token_N, inverse_N, tile_expert, tile_row, tile_left, ends_E, totals_E, tiles = ints.split(
+        [rows, rows, most_tiles, most_tiles, most_tiles, experts, experts, 1]
     )
     weight_N = torch.empty(rows, dtype=torch.float32, device=device)
     counts = torch.empty(blocks, experts, dtype=torch.int32, device=device)
@@ -74,10 +76,11 @@ def route(
     _scan[(experts,)](counts, totals_E, blocks, experts, SCAN=_SCAN)
     _place[(blocks + experts,)](
         ids_TK, weights_TK, counts, totals_E, token_N, weight_N, inverse_N, ends_E,
-        tile_expert, tile_row, tiles, rows, experts, blocks,
+        tile_expert, tile_row, tile_left, tiles, rows, experts, blocks,
         TOP_K=ids_TK.shape[1], BINS=bins, BLOCK=BLOCK, CHUNK=_CHUNK, TILE=tile_rows,
     )  # fmt: skip
-    return Routing(token_N, weight_N, inverse_N, ends_E, tile_expert, tile_row, tiles, tile_rows)
+    tile = (tile_expert, tile_row, tile_left)
+    return Routing(token_N, weight_N, inverse_N, ends_E, *tile, tiles, tile_rows)
 
 
 @triton.jit
@@ -107,7 +110,7 @@ def _scan(counts_ptr, totals_ptr, blocks, experts, SCAN: tl.constexpr):
 @triton.jit
 def _place(
     ids_ptr, weights_ptr, before_ptr, totals_ptr, token_ptr, weight_ptr, inverse_ptr, ends_ptr,
-    tile_expert_ptr, tile_row_ptr, tiles_ptr, rows, experts, blocks,
+    tile_expert_ptr, tile_row_ptr, tile_left_ptr, tiles_ptr, rows, experts, blocks,
     TOP_K: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
@@ -141,8 +144,10 @@ def _place(
         first = tl.sum(tl.where(bin_ < expert, tiles, 0), 0)
         start = tl.sum(tl.where(bin_ < expert, totals, 0), 0)
         owned = tl.sum(tl.where(bin_ == expert, tiles, 0), 0)
+        size = tl.sum(tl.where(bin_ == expert, totals, 0), 0)
         for tile in range(owned):
             tl.store(tile_expert_ptr + first + tile, expert)
             tl.store(tile_row_ptr + first + tile, start + tile * TILE)
+            tl.store(tile_left_ptr + first + tile, size - tile * TILE)
         if expert == experts - 1:
             tl.store(tiles_ptr, first + owned)

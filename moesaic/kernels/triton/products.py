@@ -51,7 +51,7 @@ def _programs(device: torch.device, tiles: int, launch: Launch) -> int:
 def _warps(*, gather: bool) -> dict[str, int]:
     """Warps and registers of the partitions; a gathering producer computes addresses."""
     if not gather:
-        return dict(PRODUCER_WARPS=1, CONSUMER_REGS=240, PRODUCER_REGS=24, num_warps=4)
+        return dict(PRODUCER_WARPS=1, CONSUMER_REGS=232, PRODUCER_REGS=40, num_warps=4)
     return dict(PRODUCER_WARPS=4, CONSUMER_REGS=224, PRODUCER_REGS=56, num_warps=4)
 
 
@@ -95,7 +95,7 @@ def _rows(
         **pointers,
         tile_expert_ptr=routing.tile_expert,
         tile_row_ptr=routing.tile_row,
-        ends_ptr=routing.ends_E,
+        tile_left_ptr=routing.tile_left,
         count_ptr=routing.tiles,
         N=columns,
         K=a.shape[1],
