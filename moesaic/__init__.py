@@ -21,6 +21,7 @@ _PUBLIC = {
     "record": "moesaic.routing.record",
     "recording": "moesaic.routing.recording",
     "Trace": "moesaic.routing.trace",
+    "offload": "moesaic.routing.offload",
 }
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "generate",
     "init",
     "load",
+    "offload",
     "record",
     "recording",
     "split",
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from moesaic.generation import generate
     from moesaic.models.anatomy import anatomy
     from moesaic.models.load import load
+    from moesaic.routing.offload import offload
     from moesaic.routing.record import record
     from moesaic.routing.recording import recording
     from moesaic.routing.trace import Trace
