@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from moesaic.cli.output import JsonOption, OutOption, emit
+from moesaic.cli.route_cache import cache
 
 PANEL = "Study"
 
@@ -97,3 +98,6 @@ def record(
         )
 
     emit(result, json=json, render=show, path=trace.directory)
+
+
+app.command()(cache)
