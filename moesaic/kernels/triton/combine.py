@@ -19,6 +19,8 @@ def combine(
 ) -> torch.Tensor:
     """Fill out_TD with the sum over k of (weight *) y[inverse]; rows of nobody count as zero."""
     tokens, hidden = out_TD.shape
+    if tokens == 0:
+        return out_TD
     top_k = inverse_N.shape[0] // tokens
     block = min(triton.next_power_of_2(hidden), 1024)
     _combine[(tokens, triton.cdiv(hidden, block))](
@@ -33,6 +35,8 @@ def weight_gradient(
 ) -> torch.Tensor:
     """Fill out_TK with the sum of each row's partial sums; rows of nobody get zero."""
     rows, parts = partial_NP.shape
+    if rows == 0:
+        return out_TK
     _weight_gradient[(triton.cdiv(rows, 64),)](
         partial_NP, inverse_N, out_TK, rows, parts, PARTS=triton.next_power_of_2(parts), BLOCK=64
     )
@@ -51,7 +55,8 @@ def _combine(
     for k in tl.static_range(TOP_K):
         row = tl.load(inverse_ptr + token * TOP_K + k)
         where = y_ptr + row.to(tl.int64) * hidden + column
-        value = tl.load(where, mask=inside & (row >= 0), other=0.0).to(tl.float32)
+        # Not `inside & (row >= 0)`: the interpreter makes bytes of a scalar's truth value.
+        value = tl.load(where, mask=column < tl.where(row >= 0, hidden, 0), other=0.0).to(tl.float32)
         if WEIGHTED:
             value *= tl.load(weights_ptr + token * TOP_K + k).to(tl.float32)
         total += value

@@ -35,6 +35,35 @@ def swizzle(tile, tiles_m, tiles_n, group_m):
 
 
 @gluon.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)) in float32 by the two approximations of the special-function unit."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .f32 t; mul.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t; add.f32 t, t, 0f3F800000; "
+        "rcp.approx.ftz.f32 $0, t; }",
+        "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def activate(x, ACTIVATION: gl.constexpr):
+    """silu, gelu or gelu_tanh of x and its derivative, in float32."""
+    if ACTIVATION == "silu":
+        s = sigmoid(x)
+        act = x * s
+        slope = s + act - act * s
+    elif ACTIVATION == "gelu_tanh":
+        u = 1.5957691216057308 * x * (1.0 + 0.044715 * x * x)  # twice tanh's argument
+        s = sigmoid(u)
+        act = x * s
+        slope = s + act * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+    else:
+        s = 0.5 + 0.5 * gl.erf(x * 0.7071067811865476)
+        act = x * s
+        slope = s + x * gl.exp(-0.5 * x * x) * 0.3989422804014327
+    return act, slope
+
+
+@gluon.jit
 def halves(x):
     """Split [rows, columns] into its left and right columns; no data moves between threads."""
     return x.reshape((x.shape[0], 2, x.shape[1] // 2)).permute((0, 2, 1)).split()
@@ -98,21 +127,21 @@ def emit(
 
 @gluon.jit
 def give(value, ptr, stride, row, column, valid, columns):
-    """Write a [64, 64] chunk to (row, column) from registers; of its rows the first `valid` are ours.
+    """Write a [64, 32] chunk to (row, column) from registers; of its rows the first `valid` are ours.
 
     Four neighbouring threads exchange what they hold, so that each writes 16 bytes and the four 64:
-    no shared memory, no barrier, and partial tiles are the same code.
+    no barrier, and partial tiles are the same code.
     """
     layout: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 1], [0, 2], [0, 4], [0, 32], [8, 0]],
+        [[0, 1], [0, 2], [0, 4], [8, 0]],
         [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
         [[16, 0], [32, 0]],
         [],
-        [64, 64],
+        [64, 32],
     )
     value = gl.convert_layout(value, layout)
     r = gl.arange(0, HALF, layout=gl.SliceLayout(1, layout))
-    c = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, layout))
+    c = gl.arange(0, 32, layout=gl.SliceLayout(0, layout))
     where = ptr + (row + r).to(gl.int64)[:, None] * stride + (column + c)[None, :]
     gl.store(where, value, mask=(r < valid)[:, None] & (column + c < columns)[None, :])
 

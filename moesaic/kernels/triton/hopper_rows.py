@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from moesaic.kernels.triton.hopper_common import (
     CHUNK,
     HALF,
+    activate,
     chunks,
     cp_async,
     emit,
@@ -35,15 +36,6 @@ from moesaic.kernels.triton.hopper_common import (
     sync,
     tma_load,
 )
-
-
-@gluon.jit
-def _sigmoid(x):
-    return gl.inline_asm_elementwise(
-        "{ .reg .f32 t; mul.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t; add.f32 t, t, 0f3F800000; "
-        "rcp.approx.ftz.f32 $0, t; }",
-        "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1,
-    )  # fmt: skip
 
 
 @gluon.jit
@@ -167,7 +159,7 @@ def _tile(
     out3_stride,
     WG: gl.constexpr, EPILOGUE: gl.constexpr, GATHER: gl.constexpr, B_KMAJOR: gl.constexpr,
     KEEP_H: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
-    WIDTH: gl.constexpr,
+    WIDTH: gl.constexpr, ACTIVATION: gl.constexpr,
 ):  # fmt: skip
     """Multiply and give away 64 rows of a tile, WIDTH columns of each matrix; return the step."""
     PAIR: gl.constexpr = EPILOGUE == "swiglu"
@@ -228,13 +220,14 @@ def _tile(
                 emit(gates[j], buffers, 3 * j, out_desc, out_ptr, out_stride, row, at, valid, N)
                 emit(ups[j], buffers, 3 * j + 1, out2_desc, out2_ptr, out_stride, row, at, valid, N)
             # From the rounded h, as the backward pass will see it.
-            gate = gates[j].to(gl.float32)
-            value = (gate * _sigmoid(gate) * ups[j].to(gl.float32)).to(dtype)
+            act, _ = activate(gates[j].to(gl.float32), ACTIVATION)
+            value = (act * ups[j].to(gl.float32)).to(dtype)
             emit(value, buffers, 3 * j + 2, out3_desc, out3_ptr, out3_stride, row, at, valid, N)
     else:
-        r = gl.arange(0, HALF, layout=gl.SliceLayout(1, narrow))
+        small: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CHUNK // 2, 16])
+        r = gl.arange(0, HALF, layout=gl.SliceLayout(1, small))
         weight = gl.load(weight_ptr + row + gl.minimum(r, valid - 1))[:, None]
-        part = gl.zeros((HALF,), gl.float32, layout=gl.SliceLayout(1, narrow))
+        part = gl.zeros((HALF,), gl.float32, layout=gl.SliceLayout(1, small))
         parts = chunks(acc)
         for j in gl.static_range(BN // CHUNK):
             stage = it % STAGES
@@ -243,23 +236,25 @@ def _tile(
                 rest = b_smem.index(stage)._reinterpret(
                     b_smem.dtype, [BN // CHUNK, HALF, CHUNK], a_smem.layout
                 )
-                gate = a_smem.index(2 * stage + WG).load(narrow).to(gl.float32)
-                up = rest.index(WG).load(narrow).to(gl.float32)
+                gates = halves(a_smem.index(2 * stage + WG).load(narrow))
+                ups = halves(rest.index(WG).load(narrow))
+                das = halves(parts[j])
             release(empty, it, STAGES, True)
             it += 1
             if j < COUNT:
-                at = column + j * CHUNK
-                da = gl.convert_layout(parts[j], narrow)
-                s = _sigmoid(gate)
-                act = gate * s
-                a_ = act * up
-                # Columns past the width are zero on both sides: they add nothing.
-                part += gl.sum(da * a_, axis=1)
-                da = da * weight
-                give((da * act).to(dtype), out2_ptr, out_stride, row, at, valid, N)
-                give((a_ * weight).to(dtype), out3_ptr, out3_stride, row, at, valid, N)
-                d_gate = (da * up * (s + act - act * s)).to(dtype)
-                give(d_gate, out_ptr, out_stride, row, at, valid, N)
+                for i in gl.static_range(2):  # half a chunk at a time: there are no more registers
+                    at = column + j * CHUNK + i * (CHUNK // 2)
+                    gate = gl.convert_layout(gates[i], small).to(gl.float32)
+                    up = gl.convert_layout(ups[i], small).to(gl.float32)
+                    da = gl.convert_layout(das[i], small)
+                    act, slope = activate(gate, ACTIVATION)
+                    value = act * up
+                    # Columns past the width are zero on both sides: they add nothing.
+                    part += gl.sum(da * value, axis=1)
+                    give((value * weight).to(dtype), out3_ptr, out3_stride, row, at, valid, N)
+                    da = da * weight
+                    give((da * act).to(dtype), out2_ptr, out_stride, row, at, valid, N)
+                    give((da * up * slope).to(dtype), out_ptr, out_stride, row, at, valid, N)
         gl.store(partial_ptr + (row + r) * tiles_n + column // BN, part, mask=r < valid)
     return it
 
@@ -271,6 +266,7 @@ def _consumer(
     out_stride, out3_stride, group_m,
     WG: gl.constexpr, EPILOGUE: gl.constexpr, GATHER: gl.constexpr, B_KMAJOR: gl.constexpr,
     KEEP_H: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+    ACTIVATION: gl.constexpr,
 ):  # fmt: skip
     WIDTH: gl.constexpr = BN // 2 if EPILOGUE == "swiglu" else BN
     NARROW: gl.constexpr = WIDTH // 2 if WIDTH > CHUNK else WIDTH
@@ -302,7 +298,7 @@ def _consumer(
                 a_smem, b_smem, buffers, full, empty, it, row, column, valid, k_tiles, tiles_n,
                 out_ptr, out_desc, out2_ptr, out2_desc, out3_ptr, out3_desc, weight_ptr,
                 partial_ptr, N, out_stride, out3_stride,
-                WG, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES, WIDTH,
+                WG, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES, WIDTH, ACTIVATION,
             )  # fmt: skip
         else:
             # The last columns fit into half the width: half the products.
@@ -310,7 +306,7 @@ def _consumer(
                 a_smem, b_smem, buffers, full, empty, it, row, column, valid, k_tiles, tiles_n,
                 out_ptr, out_desc, out2_ptr, out2_desc, out3_ptr, out3_desc, weight_ptr,
                 partial_ptr, N, out_stride, out3_stride,
-                WG, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES, NARROW,
+                WG, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES, NARROW, ACTIVATION,
             )  # fmt: skip
         first, left, column_tile = next_first, next_left, next_column_tile
     if EPILOGUE != "dact":
@@ -324,7 +320,7 @@ def rows_kernel(
     N, K, b_rows, second, out_stride, out3_stride, group_m,
     EPILOGUE: gl.constexpr, GATHER: gl.constexpr, EVEN_K: gl.constexpr, B_KMAJOR: gl.constexpr,
     KEEP_H: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
-    PRODUCER_WARPS: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
+    ACTIVATION: gl.constexpr, PRODUCER_WARPS: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
 ):  # fmt: skip
     """One of the four products along rows.
 
@@ -358,13 +354,13 @@ def rows_kernel(
                 a_smem, b_smem, buffers0, full, empty, tile_expert_ptr, tile_row_ptr, tile_left_ptr,
                 count_ptr, out_ptr, out_desc, out2_ptr, out2_desc, out3_ptr, out3_desc, weight_ptr,
                 partial_ptr, N, K, out_stride, out3_stride, group_m,
-                0, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES,
+                0, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES, ACTIVATION,
             )),
             (_consumer, (
                 a_smem, b_smem, buffers1, full, empty, tile_expert_ptr, tile_row_ptr, tile_left_ptr,
                 count_ptr, out_ptr, out_desc, out2_ptr, out2_desc, out3_ptr, out3_desc, weight_ptr,
                 partial_ptr, N, K, out_stride, out3_stride, group_m,
-                1, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES,
+                1, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES, ACTIVATION,
             )),
             (_producer, (
                 a_desc, a_ptr, token_ptr, b_desc, h_desc, h2_desc,

@@ -1,28 +1,278 @@
-"""The experts layer out of Triton kernels: forward and backward on sorted rows."""
+"""The experts layer out of Triton kernels, as one operator with its gradient.
+
+T tokens, D hidden size, E experts, I expert width, J = 2I, K experts a token, N = T*K routed rows.
+
+Forward: routing metadata, h and a = act(gate) * up in one product with the gather in front and the
+activation behind it, y = a @ down, weighted sum over a token's rows. Kept for the backward pass: x
+and h (2D + 4KI bytes a token in bf16) and the metadata. Backward: one product gives dh, weight * a
+and the routing weights' gradient; the two weight gradients gather x and the output's gradient
+inside; dx is summed over a token's rows. The algebra is that of SonicMoE (arXiv 2512.14080, section
+4); kernels and code are our own.
+
+On Hopper the products are those of `products`, elsewhere those of `portable`; a few tokens without
+gradient take `decode`.
+"""
+
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
-from moesaic.kernels.triton import products
+from torch.autograd.function import once_differentiable
+
+from moesaic.kernels import options
+from moesaic.kernels.reference import Activation
+from moesaic.kernels.triton import decode, portable
 from moesaic.kernels.triton.combine import combine, weight_gradient
-from moesaic.kernels.triton.metadata import Routing, route
-from moesaic.kernels.triton.products import Launch
+from moesaic.kernels.triton.metadata import Routing, count_ints, route
 
-DEFAULT = {"up": Launch(256, 4), "down": Launch(256, 3), "dact": Launch(256, 4), "dx": Launch(256, 3),
-           "dup": Launch(256, 3), "ddown": Launch(256, 3)}
+_HOPPER = 9  # compute capability with the instructions of `products`
+_TILE_ROWS = 128  # of the Hopper kernels
+_WIDE_FROM = 64  # rows an expert, from which portable tiles are wide
 
-def forward(x, w1, w2, ids, w, launches=DEFAULT, keep_h=True):
-    routing = route(ids, w, experts=w1.shape[0], tile_rows=128)
-    a, h = products.up(x, w1, routing, launches["up"], keep_h=keep_h)
-    y = products.rows(a, w2, routing, launches["down"], transposed=True)
-    out = combine(y, routing.inverse_N, torch.empty_like(x), weights_TK=w)
-    return out, h, routing
 
-def backward(grad, x, w1, w2, w, h, routing, launches=DEFAULT):
-    dh, wa, partial = products.activation_gradient(grad, w2, h, routing, launches["dact"])
-    dw = weight_gradient(partial, routing.inverse_N, torch.empty_like(w))
-    dw2 = products.outer(grad, wa, routing, launches["ddown"])
-    del wa
-    rows = products.rows(dh, w1, routing, launches["dx"], transposed=False)
-    dx = combine(rows, routing.inverse_N, torch.empty_like(x))
-    del rows
-    dw1 = products.outer(x, dh, routing, launches["dup"], transposed=True)
-    return dx, dw1, dw2, dw
+def compute(
+    x_TD: torch.Tensor,
+    gate_up_EJD: torch.Tensor,
+    down_EDI: torch.Tensor,
+    ids_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    *,
+    activation: Activation,
+) -> torch.Tensor:
+    """Compute what `reference.experts` computes; differentiable in all but the ids, once.
+
+    All of x and the weights in one dtype. Ids outside [0, E) are rows of nobody here: they enter no
+    product and add nothing.
+    """
+    arguments = (x_TD.contiguous(), gate_up_EJD, down_EDI, ids_TK, weights_TK, activation)
+    if torch.compiler.is_compiling():
+        out_TD: torch.Tensor = torch.ops.moesaic.fused_experts(
+            *arguments, torch.is_grad_enabled()
+        )[0]
+    elif torch.is_grad_enabled() and any(t.requires_grad for t in arguments[:5]):  # type: ignore[union-attr]
+        out_TD = _Layer.apply(*arguments, True)
+    else:
+        out_TD = _forward(*arguments, False)[0]
+    return out_TD
+
+
+def tile_rows(device: torch.device, rows: int, experts: int) -> int:
+    """Rows of a tile on this device for `rows` routed rows: the user's choice, or by their number."""
+    chosen = options.current().block_m
+    if chosen is not None:
+        return chosen
+    if _hopper(device):
+        return _TILE_ROWS
+    return 128 if rows >= _WIDE_FROM * experts else 16
+
+
+def _hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == _HOPPER
+
+
+class _Products:
+    """The six products of one call, on the kernels that suit the device and the tile."""
+
+    def __init__(self, routing: Routing, like: torch.Tensor, width: int, activation: Activation):
+        self.routing, self.activation = routing, activation
+        self._hopper = _hopper(like.device) and routing.tile_rows == _TILE_ROWS
+        self._about = dict(
+            shape=(like.shape[1], width, routing.ends_E.shape[0]),
+            rows=routing.weight_N.shape[0],
+            dtype=like.dtype,
+            device=like.device,
+        )
+
+    def up(self, x: torch.Tensor, weight: torch.Tensor, *, keep_h: bool) -> Any:
+        how = dict(keep_h=keep_h, activation=self.activation)
+        return self._run("up", "up", x, weight, **how)
+
+    def down(self, a: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return self._run("down", "rows", a, weight, transposed=True)
+
+    def activation_gradient(self, grad: torch.Tensor, down: torch.Tensor, h: torch.Tensor) -> Any:
+        name = "activation_gradient"
+        return self._run(name, name, grad, down, h, activation=self.activation)
+
+    def x_gradient(self, dh: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return self._run("x_gradient", "rows", dh, weight, transposed=False)
+
+    def up_gradient(self, x: torch.Tensor, dh: torch.Tensor) -> torch.Tensor:
+        return self._run("up_gradient", "outer", x, dh, transposed=True)
+
+    def down_gradient(self, grad: torch.Tensor, wa: torch.Tensor) -> torch.Tensor:
+        return self._run("down_gradient", "outer", grad, wa, transposed=False)
+
+    def _run(self, product: str, function: str, *tensors: torch.Tensor, **how: Any) -> Any:
+        if not self._hopper:
+            return getattr(portable, function)(*tensors, self.routing, **how)
+        from moesaic.kernels.triton import products, tune  # Gluon: not on every Triton
+
+        run: Callable[..., Any] = getattr(products, function)
+        return tune.fastest(
+            product,
+            lambda launch: run(*tensors, self.routing, launch, **how),
+            **self._about,  # type: ignore[arg-type]
+        )
+
+
+def _forward(
+    x_TD: torch.Tensor,
+    gate_up_EJD: torch.Tensor,
+    down_EDI: torch.Tensor,
+    ids_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    activation: Activation,
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return out_TD, and for the backward pass h_NJ and the routing's two tensors."""
+    experts, width = gate_up_EJD.shape[0], down_EDI.shape[2]
+    if not keep and decode.takes(ids_TK):
+        out_TD = decode.decode(
+            x_TD, gate_up_EJD, down_EDI, ids_TK, weights_TK, activation=activation
+        )
+        return out_TD, x_TD.new_empty(0), ids_TK.new_empty(0, dtype=torch.int32), _no_weights(x_TD)
+    rows = tile_rows(x_TD.device, ids_TK.numel(), experts)
+    routing = route(ids_TK, weights_TK, experts=experts, tile_rows=rows)
+    multiply = _Products(routing, x_TD, width, activation)
+    a_NI, h_NJ = multiply.up(x_TD, gate_up_EJD, keep_h=keep)
+    y_ND = multiply.down(a_NI, down_EDI)
+    del a_NI
+    out_TD = combine(y_ND, routing.inverse_N, torch.empty_like(x_TD), weights_TK=weights_TK)
+    return out_TD, x_TD.new_empty(0) if h_NJ is None else h_NJ, routing.ints, routing.weight_N
+
+
+def _no_weights(like: torch.Tensor) -> torch.Tensor:
+    return like.new_empty(0, dtype=torch.float32)
+
+
+def _backward(
+    grad_TD: torch.Tensor, saved: Sequence[torch.Tensor], needs: Sequence[bool], activation: Activation
+) -> list[torch.Tensor | None]:
+    """Return the gradients of x, gate_up, down and the routing weights; None where not `needs`."""
+    x_TD, gate_up_EJD, down_EDI, weights_TK, h_NJ, ints, weight_N = saved
+    needs_x, needs_gate_up, needs_down, needs_weights = needs
+    experts, width = gate_up_EJD.shape[0], down_EDI.shape[2]
+    rows = _tile_rows_of(ints, weight_N.shape[0], experts, x_TD.device)
+    routing = Routing.of(ints, weight_N, experts=experts, tile_rows=rows)
+    multiply = _Products(routing, x_TD, width, activation)
+    grad_TD = grad_TD.contiguous()
+    d_x = d_gate_up = d_down = d_weights = None
+    dh_NJ, wa_NI, partial = multiply.activation_gradient(grad_TD, down_EDI, h_NJ)
+    if needs_weights:
+        d_weights = weight_gradient(partial, routing.inverse_N, torch.empty_like(weights_TK))
+    del partial
+    if needs_down:
+        d_down = multiply.down_gradient(grad_TD, wa_NI)
+    del wa_NI
+    if needs_x:
+        dx_ND = multiply.x_gradient(dh_NJ, gate_up_EJD)
+        d_x = combine(dx_ND, routing.inverse_N, torch.empty_like(x_TD))
+        del dx_ND
+    if needs_gate_up:
+        d_gate_up = multiply.up_gradient(x_TD, dh_NJ)
+    return [d_x, d_gate_up, d_down, d_weights]
+
+
+def _tile_rows_of(ints: torch.Tensor, rows: int, experts: int, device: torch.device) -> int:
+    """The tile rows that the forward pass took: options may have changed since."""
+    for height in (tile_rows(device, rows, experts), 16, 32, 64, 128, 256):
+        if count_ints(rows, experts, height) == ints.shape[0]:
+            return height
+    raise AssertionError("no tile height fits the saved routing")
+
+
+def _needs(ctx: Any) -> list[bool]:
+    x, gate_up, down, _, weights = ctx.needs_input_grad[:5]
+    return [x, gate_up, down, weights]
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> torch.Tensor:
+        out_TD, *kept = _forward(*arguments)
+        x_TD, gate_up_EJD, down_EDI, _, weights_TK, ctx.activation, _ = arguments
+        ctx.save_for_backward(x_TD, gate_up_EJD, down_EDI, weights_TK, *kept)
+        return out_TD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gradients = _backward(grad_TD, ctx.saved_tensors, _needs(ctx), ctx.activation)
+        d_x, d_gate_up, d_down, d_weights = gradients
+        return d_x, d_gate_up, d_down, None, d_weights, None, None
+
+
+# Under torch.compile both passes are opaque operators, for the reasons given in `grouped`.
+_forward_op = torch.library.custom_op(
+    "moesaic::fused_experts",
+    _forward,
+    mutates_args=(),
+    schema="(Tensor x, Tensor gate_up, Tensor down, Tensor ids, Tensor weights, str activation, "
+    "bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.custom_op(
+    "moesaic::fused_experts_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor[] saved, bool[] needs, str activation) -> Tensor[]",
+)
+def _backward_op(
+    grad: torch.Tensor, saved: list[torch.Tensor], needs: list[bool], activation: Activation
+) -> list[torch.Tensor]:
+    gradients = _backward(grad, saved, needs, activation)
+    return [grad.new_empty(0) if gradient is None else gradient for gradient in gradients]
+
+
+@_forward_op.register_fake
+def _forward_shapes(
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    activation: str,
+    keep: bool,
+) -> tuple[torch.Tensor, ...]:
+    rows, experts = ids.numel(), gate_up.shape[0]
+    if not keep and decode.takes(ids):
+        return x.new_empty(x.shape), x.new_empty(0), ids.new_empty(0, dtype=torch.int32), _no_weights(x)
+    ints = count_ints(rows, experts, tile_rows(x.device, rows, experts))
+    h = x.new_empty(rows, gate_up.shape[1]) if keep else x.new_empty(0)
+    weight_N = x.new_empty(rows, dtype=torch.float32)
+    return x.new_empty(x.shape), h, ids.new_empty(ints, dtype=torch.int32), weight_N
+
+
+@_backward_op.register_fake
+def _backward_shapes(
+    grad: torch.Tensor, saved: list[torch.Tensor], needs: list[bool], activation: str
+) -> list[torch.Tensor]:
+    return [
+        torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        if needed
+        else grad.new_empty(0)
+        for tensor, needed in zip(saved[:4], needs, strict=True)
+    ]
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    x_TD, gate_up_EJD, down_EDI, _, weights_TK, ctx.activation, _ = inputs
+    ctx.save_for_backward(x_TD, gate_up_EJD, down_EDI, weights_TK, *output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward_through_op(ctx: Any, grad_TD: torch.Tensor, *unused: Any) -> tuple[Any, ...]:
+    needs = _needs(ctx)
+    gradients = torch.ops.moesaic.fused_experts_backward(
+        grad_TD, ctx.saved_tensors, needs, ctx.activation
+    )
+    d_x, d_gate_up, d_down, d_weights = (
+        gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)
+    )
+    return d_x, d_gate_up, d_down, None, d_weights, None, None
+
+
+_forward_op.register_autograd(_backward_through_op, setup_context=_save_for_backward)

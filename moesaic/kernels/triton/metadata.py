@@ -22,65 +22,76 @@ _SCAN = 1024
 
 @dataclass(frozen=True)
 class Routing:
-    """Where every routed row lies; all tensors stay on the device."""
+    """Where every routed row lies; all tensors stay on the device and are views of two."""
 
-    token_N: torch.Tensor
-    """Token of each sorted row, int32; undefined past the last expert's end."""
+    ints: torch.Tensor
+    """All of the integers below."""
     weight_N: torch.Tensor
     """Routing weight of each sorted row, float32."""
+    token_N: torch.Tensor
+    """Token of each sorted row, int32; undefined past the last expert's end."""
     inverse_N: torch.Tensor
     """Sorted position of flat row t*K + k, int32; -1 for a row of nobody here."""
-    ends_E: torch.Tensor
-    """Where each expert's rows end, int32."""
     tile_expert: torch.Tensor
     """Expert of each row tile, int32 [tiles]; only the first `tiles[0]` count."""
     tile_row: torch.Tensor
     """First sorted row of each row tile, int32 [tiles]."""
     tile_left: torch.Tensor
     """Rows from there to the expert's end, int32 [tiles]; more than `tile_rows` if tiles follow."""
+    ends_E: torch.Tensor
+    """Where each expert's rows end, int32."""
+    totals_E: torch.Tensor
+    """Rows of each expert, int32."""
     tiles: torch.Tensor
     """Number of row tiles, int32 [1]."""
     tile_rows: int
     """Rows of a tile."""
+
+    @classmethod
+    def of(
+        cls, ints: torch.Tensor, weight_N: torch.Tensor, *, experts: int, tile_rows: int
+    ) -> Routing:
+        """Cut `ints` into its parts."""
+        sizes = _sizes(weight_N.shape[0], experts, tile_rows)
+        return cls(ints, weight_N, *ints.split(sizes), tile_rows)
 
     @property
     def most_tiles(self) -> int:
         """Upper bound of the number of row tiles, known without asking the device."""
         return int(self.tile_expert.shape[0])
 
-    def tensors(self) -> list[torch.Tensor]:
-        """The tensors in the order of the fields."""
-        return [
-            self.token_N, self.weight_N, self.inverse_N, self.ends_E,
-            self.tile_expert, self.tile_row, self.tile_left, self.tiles,
-        ]  # fmt: skip
+
+def _sizes(rows: int, experts: int, tile_rows: int) -> list[int]:
+    tiles = -(-rows // tile_rows) + experts
+    return [rows, rows, tiles, tiles, tiles, experts, experts, 1]
+
+
+def count_ints(rows: int, experts: int, tile_rows: int) -> int:
+    """Return the number of integers of a `Routing`."""
+    return sum(_sizes(rows, experts, tile_rows))
 
 
 def route(
     ids_TK: torch.Tensor, weights_TK: torch.Tensor, *, experts: int, tile_rows: int
 ) -> Routing:
     """Sort routed rows by expert and cut each expert's rows into tiles of `tile_rows`."""
-    rows = ids_TK.numel()
-    device = ids_TK.device
-    blocks = triton.cdiv(rows, BLOCK)
+    rows, device = ids_TK.numel(), ids_TK.device
+    blocks = -(-rows // BLOCK)
     bins = triton.next_power_of_2(experts + 1)
-    most_tiles = triton.cdiv(rows, tile_rows) + experts
     ids_TK, weights_TK = ids_TK.contiguous(), weights_TK.contiguous()
-    ints = torch.empty(2 * rows + 3 * most_tiles + 2 * experts + 1, dtype=torch.int32, device=device)
-    token_N, inverse_N, tile_expert, tile_row, tile_left, ends_E, totals_E, tiles = ints.split(
-        [rows, rows, most_tiles, most_tiles, most_tiles, experts, experts, 1]
-    )
+    ints = torch.empty(count_ints(rows, experts, tile_rows), dtype=torch.int32, device=device)
     weight_N = torch.empty(rows, dtype=torch.float32, device=device)
+    routing = Routing.of(ints, weight_N, experts=experts, tile_rows=tile_rows)
     counts = torch.empty(blocks, experts, dtype=torch.int32, device=device)
     _count[(blocks,)](ids_TK, counts, rows, experts, BINS=bins, BLOCK=BLOCK)
-    _scan[(experts,)](counts, totals_E, blocks, experts, SCAN=_SCAN)
+    _scan[(experts,)](counts, routing.totals_E, blocks, experts, SCAN=_SCAN)
     _place[(blocks + experts,)](
-        ids_TK, weights_TK, counts, totals_E, token_N, weight_N, inverse_N, ends_E,
-        tile_expert, tile_row, tile_left, tiles, rows, experts, blocks,
+        ids_TK, weights_TK, counts, routing.totals_E, routing.token_N, weight_N,
+        routing.inverse_N, routing.ends_E, routing.tile_expert, routing.tile_row,
+        routing.tile_left, routing.tiles, rows, experts, blocks,
         TOP_K=ids_TK.shape[1], BINS=bins, BLOCK=BLOCK, CHUNK=_CHUNK, TILE=tile_rows,
     )  # fmt: skip
-    tile = (tile_expert, tile_row, tile_left)
-    return Routing(token_N, weight_N, inverse_N, ends_E, *tile, tiles, tile_rows)
+    return routing
 
 
 @triton.jit
@@ -127,11 +138,8 @@ def _place(
             other_id = tl.load(ids_ptr + other, mask=other < rows, other=-1).to(tl.int32)
             earlier = (ids[:, None] == other_id[None, :]) & (other[None, :] < row[:, None])
             rank += tl.sum(earlier.to(tl.int32), 1)
-        ends = tl.cumsum(totals, 0)
-        if pid == 0:
-            tl.store(ends_ptr + bin_, ends, mask=bin_ < experts)
         # Each row's expert begins where the ones before it end.
-        begin = tl.gather(ends - totals, tl.where(mine, ids, 0), 0)
+        begin = tl.gather(tl.cumsum(totals, 0) - totals, tl.where(mine, ids, 0), 0)
         before = tl.load(before_ptr + pid * experts + ids, mask=mine, other=0)
         position = begin + before + rank
         weight = tl.load(weights_ptr + row, mask=mine, other=0).to(tl.float32)
@@ -145,9 +153,16 @@ def _place(
         start = tl.sum(tl.where(bin_ < expert, totals, 0), 0)
         owned = tl.sum(tl.where(bin_ == expert, tiles, 0), 0)
         size = tl.sum(tl.where(bin_ == expert, totals, 0), 0)
+        # Here, not with the rows: without a single row there are ends, too.
+        tl.store(ends_ptr + expert, start + size)
         for tile in range(owned):
             tl.store(tile_expert_ptr + first + tile, expert)
             tl.store(tile_row_ptr + first + tile, start + tile * TILE)
             tl.store(tile_left_ptr + first + tile, size - tile * TILE)
         if expert == experts - 1:
             tl.store(tiles_ptr, first + owned)
+            if first + owned == 0:  # no row at all: a place that may be read, though not used
+                tl.store(tile_expert_ptr, 0)
+                tl.store(tile_row_ptr, 0)
+                tl.store(tile_left_ptr, 1)
+                tl.store(token_ptr, 0)

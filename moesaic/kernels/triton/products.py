@@ -14,6 +14,7 @@ import torch
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from moesaic.kernels.reference import Activation
 from moesaic.kernels.triton.hopper_outer import outer_kernel
 from moesaic.kernels.triton.hopper_rows import rows_kernel
 from moesaic.kernels.triton.metadata import Routing
@@ -25,12 +26,16 @@ _SWIZZLED = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=
 
 @dataclass(frozen=True)
 class Launch:
-    """How one product is launched: tile width, ring stages, tiles a group, persistence."""
+    """How one product is launched."""
 
     width: int = 256
+    """Columns of a tile; for `up`, of gate and up together."""
     stages: int = 4
+    """Steps of 64 that the ring of shared memory holds."""
     group_m: int = 8
+    """Row tiles that walk over the same columns before the next columns are read."""
     persistent: bool = True
+    """One program a multiprocessor that walks over tiles, or one program a tile."""
 
 
 def _descriptor(tensor: torch.Tensor, *block: int) -> TensorDescriptor:
@@ -71,6 +76,7 @@ def _rows(
     columns: int,
     second: int = 0,
     keep_h: bool = False,
+    activation: Activation = "silu",
     **outputs: Any,
 ) -> None:
     """a [rows, K] times b (3-D, one matrix an expert); `outputs` by the kernel's names."""
@@ -108,6 +114,7 @@ def _rows(
         EVEN_K=a.shape[1] % BK == 0,
         B_KMAJOR=k_major,
         KEEP_H=keep_h,
+        ACTIVATION=activation,
         BN=launch.width,
         BK=BK,
         STAGES=launch.stages,
@@ -123,8 +130,9 @@ def up(
     launch: Launch,
     *,
     keep_h: bool = True,
+    activation: Activation = "silu",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return a = silu(gate) * up of the gathered rows, and h = [gate, up] if kept."""
+    """Return a = act(gate) * up of the gathered rows, and h = [gate, up] if kept."""
     rows, width = routing.token_N.shape[0], gate_up_EJD.shape[1] // 2
     a_NI = x_TD.new_empty(rows, width)
     h_NJ = x_TD.new_empty(rows, 2 * width) if keep_h else None
@@ -132,7 +140,7 @@ def up(
     _rows(
         x_TD, gate_up_EJD, routing, launch,
         epilogue="swiglu", gather=True, k_major=True, columns=width, second=width, keep_h=keep_h,
-        out=halves[0], out2=halves[1], out3=a_NI,
+        activation=activation, out=halves[0], out2=halves[1], out3=a_NI,
     )  # fmt: skip
     return a_NI, h_NJ
 
@@ -161,6 +169,8 @@ def activation_gradient(
     h_NJ: torch.Tensor,
     routing: Routing,
     launch: Launch,
+    *,
+    activation: Activation = "silu",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return dh, weight * a, and partial sums [N, tiles] of the routing weights' gradient."""
     width = down_EDI.shape[2]
@@ -170,7 +180,7 @@ def activation_gradient(
     )
     _rows(
         grad_TD, down_EDI, routing, launch,
-        epilogue="dact", gather=True, k_major=False, columns=width,
+        epilogue="dact", gather=True, k_major=False, columns=width, activation=activation,
         out=dh_NJ[:, :width], out2=dh_NJ[:, width:], out3=wa_NI,
         h=h_NJ[:, :width], h2=h_NJ[:, width:], weight=routing.weight_N, partial=partial,
     )  # fmt: skip

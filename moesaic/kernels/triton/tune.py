@@ -1,0 +1,120 @@
+"""Which launch is fastest for a product: measured once for a shape, remembered on disk.
+
+The key is the GPU, Triton's version, the product, the dtype, D, I, E and the rows an expert has on
+average, rounded to a power of two. A measurement runs the real product on the real input of the
+first call; later calls and later processes read it from
+`$XDG_CACHE_HOME/moesaic/launches-<gpu>.json`. Nothing is measured while a CUDA graph is captured or
+with MOESAIC_TUNE=0: then a remembered launch is used, or the first candidate.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from moesaic.core.files import write_text
+from moesaic.kernels import options
+from moesaic.kernels.triton.products import Launch
+
+_GATHERED = (Launch(256, 4, 8), Launch(256, 4, 2), Launch(256, 4, 32), Launch(256, 3, 8))
+_CONTIGUOUS = (Launch(256, 3, 8), Launch(256, 3, 2), Launch(256, 3, 32))
+_OUTER = (Launch(256, 3, 8), Launch(256, 3, 1), Launch(256, 3, 32))
+CANDIDATES: dict[str, tuple[Launch, ...]] = {
+    "up": _GATHERED,
+    "down": _CONTIGUOUS,
+    "activation_gradient": _GATHERED,
+    "x_gradient": _CONTIGUOUS,
+    "up_gradient": _OUTER,
+    "down_gradient": _OUTER,
+}
+_REPEATS = 3
+_BETTER = 0.99  # of the first candidate's time: less is noise
+_known: dict[str, dict[str, Launch]] = {}
+
+
+def fastest(
+    product: str,
+    run: Callable[[Launch], Any],
+    *,
+    shape: Sequence[int],
+    rows: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Any:
+    """Return `run(launch)` with the fastest launch of `product` for this shape (D, I, E)."""
+    key = _key(product, shape, rows, dtype)
+    launches = _launches(device)
+    launch = launches.get(key)
+    if launch is None:
+        if os.environ.get("MOESAIC_TUNE") == "0" or torch.cuda.is_current_stream_capturing():
+            launch = CANDIDATES[product][0]
+        else:
+            launch = launches[key] = _measure(CANDIDATES[product], run)
+            _remember(device)
+    if not options.current().persistent:
+        launch = replace(launch, persistent=False)
+    return run(launch)
+
+
+def _key(product: str, shape: Sequence[int], rows: int, dtype: torch.dtype) -> str:
+    bucket = triton.next_power_of_2(max(1, rows // shape[-1]))
+    sizes = "x".join(str(size) for size in shape)
+    return f"{product} {str(dtype).removeprefix('torch.')} {sizes} rows<={bucket}"
+
+
+def _measure(candidates: Sequence[Launch], run: Callable[[Launch], Any]) -> Launch:
+    times = []
+    for launch in candidates:
+        run(launch)  # compiles
+    for launch in candidates:
+        spans = []
+        for _ in range(_REPEATS):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run(launch)
+            end.record()
+            end.synchronize()
+            spans.append(start.elapsed_time(end))
+        times.append(sorted(spans)[_REPEATS // 2])
+    best = min(range(len(times)), key=times.__getitem__)
+    return candidates[best if times[best] < _BETTER * times[0] else 0]
+
+
+@cache
+def _file(device: torch.device) -> Path:
+    gpu = torch.cuda.get_device_name(device).replace(" ", "-").replace("/", "-").lower()
+    cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache_home) / "moesaic" / f"launches-{gpu}-triton-{triton.__version__}.json"
+
+
+def _launches(device: torch.device) -> dict[str, Launch]:
+    path = _file(device)
+    if str(path) not in _known:
+        _known[str(path)] = _read(path)
+    return _known[str(path)]
+
+
+def _read(path: Path) -> dict[str, Launch]:
+    """Read what is remembered; a damaged file counts as none."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        return {key: Launch(**row) for key, row in rows.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _remember(device: torch.device) -> None:
+    path = _file(device)
+    rows = _read(path) | _launches(device)  # another process may have written meanwhile
+    with contextlib.suppress(OSError):  # a read-only home: measured again next time
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps({key: asdict(launch) for key, launch in rows.items()}, indent=1))
