@@ -72,11 +72,12 @@ def layout(ends_E: torch.Tensor, count: int, dtype: torch.dtype, *, backend: Bac
     ends = ends_E.tolist()  # on a GPU, the loop's one wait for the device
     bounds = enumerate(zip([0, *ends], ends, strict=False))
     segments = [(expert, start, end - start) for expert, (start, end) in bounds if end > start]
-    if 2 * len(segments) < len(ends) or ends_E.device.type != "cpu":
+    # A turn of the loop costs what four products of no rows cost.
+    if len(ends) > 5 * len(segments) or ends_E.device.type != "cpu":
         return Layout(ends_E, "loop", segments)
     longest = max(rows for _, _, rows in segments)
     few = longest <= _FEW_ROWS and dtype in (torch.bfloat16, torch.float16)
-    if not few or ends[-1] < count:
+    if not few or 2 * len(segments) < len(ends) or ends[-1] < count:
         return Layout(ends_E, backend, segments)
     slots = [expert * longest + row for expert, _, rows in segments for row in range(rows)]
     return Layout(ends_E, backend, segments, longest, torch.tensor(slots))
