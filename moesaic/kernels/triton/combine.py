@@ -56,7 +56,8 @@ def _combine(
         row = tl.load(inverse_ptr + token * TOP_K + k)
         where = y_ptr + row.to(tl.int64) * hidden + column
         # Not `inside & (row >= 0)`: the interpreter makes bytes of a scalar's truth value.
-        value = tl.load(where, mask=column < tl.where(row >= 0, hidden, 0), other=0.0).to(tl.float32)
+        width = tl.where(row >= 0, hidden, 0)
+        value = tl.load(where, mask=column < width, other=0.0).to(tl.float32)
         if WEIGHTED:
             value *= tl.load(weights_ptr + token * TOP_K + k).to(tl.float32)
         total += value
