@@ -22,7 +22,10 @@ LEVEL = {room: index for index, rooms in enumerate(LEVELS) for room in rooms}
 LIGHT = {"core", "cli", "__init__", "__main__"}
 HEAVY = {"torch", "transformers", "numpy", "datasets", "matplotlib"}
 # Rooms that share a level and may know each other, with the reason.
-NEIGHBOURS = {("models", "kernels")}  # models register the experts kernels
+NEIGHBOURS = {
+    ("models", "kernels"),  # models register the experts kernels
+    ("training", "routing"),  # a run listens to its own routers, before there is a directory
+}
 
 
 def _room(file: Path) -> str:

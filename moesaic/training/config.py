@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -152,6 +152,21 @@ class LogConfig(Config):
     """Peak TFLOP/s of the device for MFU; None: from a table of GPUs, n/a on a CPU."""
 
 
+class RoutingConfig(Config):
+    """What is logged about routing: load and its entropy every update, the rest on samples."""
+
+    every: int = Field(default=50, ge=1)
+    """Updates between two samples, which give SRP and cache hit rates."""
+    sequences: int = Field(default=2, ge=1)
+    """Sequences of an update in a sample."""
+    segments: tuple[Annotated[int, Field(ge=1)], ...] = (16,)
+    """Segment lengths of SRP, in tokens."""
+    caches: tuple[Annotated[float, Field(gt=0)], ...] = (1.0, 2.0)
+    """Cache sizes of hit rates: experts of a layer over top_k."""
+    policies: tuple[Literal["lru", "lfu", "fixed", "belady"], ...] = ("lru",)
+    """Cache policies of hit rates."""
+
+
 class EvaluateConfig(Config):
     """Held-out loss per domain while training."""
 
@@ -218,6 +233,8 @@ class TrainConfig(Config):
     """Seed of the data order, of routing noise and of dropout."""
     log: LogConfig = LogConfig()
     """What is reported."""
+    routing: RoutingConfig | None = None
+    """Log routing too; None: only the load that goes with the balance loss."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """Held-out loss while training."""
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -242,6 +259,15 @@ class TrainConfig(Config):
             raise ValueError(
                 f"kernels and experts={self.experts} both choose the code of the experts. Leave "
                 "one out: moe_kernels: true is experts: moesaic, false is grouped_mm."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _routing_is_heard(self) -> TrainConfig:
+        if self.routing is not None and self.compile:
+            raise ValueError(
+                "routing listens to the model, and compiled code calls nobody. Leave out routing "
+                "or compile."
             )
         return self
 
@@ -278,6 +304,7 @@ class TrainConfig(Config):
                 "model": True,
                 "tokenizer": True,
                 "log": True,
+                "routing": True,
                 "checkpoint": True,
                 "save_dtype": True,
                 "data": {"cache"},

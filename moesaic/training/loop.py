@@ -99,6 +99,7 @@ def plan(config: TrainConfig) -> dict[str, Any]:
     parameters, active = setup.count_parameters(model)
     tokenizer = setup.tokenizer(config)
     setup.check_vocabulary(tokenizer, model)
+    setup.routing_watch(config, model)
     stream = setup.open_data(config, tokenizer).stream
     tokens = config.total_steps * config.tokens_per_step
     return {
@@ -181,6 +182,7 @@ class Run:
             torch.compile(run_pass) if config.compile else run_pass
         )
         self.peak = peak_flops(self.device, config.log.peak_tflops)
+        self.watch = setup.routing_watch(config, self.model)
 
     def _restore(self, folder: Path, facts: Mapping[str, Any]) -> None:
         self.step = int(facts["step"])
@@ -215,6 +217,8 @@ class Run:
                     self._stretch(log, bar)
         finally:
             log.close()
+            if self.watch is not None:
+                self.watch.close()
         export.write_model(self)
         if config.checkpoint.keep_last == 0:
             shutil.rmtree(self.path / state.FOLDER, ignore_errors=True)
@@ -241,13 +245,15 @@ class Run:
                 if self.step == end:
                     self._evaluate(log)
                 if self.step == config.total_steps or self._due(config.checkpoint.every):
+                    self._log_routing(log, wait=True)  # a resumed run does not do them again
                     self._save()
                 bar.advance(1, **shown)
 
     def _update(self, batch: batches.Batch, log: Log) -> dict[str, Any]:
         rate = self.schedule.apply(self.optimizer.inner, self.step)
         ids_ABT = batch.ids_ABT.to(self.device, non_blocking=True)
-        result = run_update(self.run_pass, self.optimizer, ids_ABT, autocast=self._autocast())
+        with self._watched():
+            result = run_update(self.run_pass, self.optimizer, ids_ABT, autocast=self._autocast())
         self.step += 1
         self.drawn.update(batch.domains)
         self.window.add(self.step, result.values, result.routing)
@@ -256,7 +262,19 @@ class Run:
         if self.step != self.config.total_steps and not self._due(self.config.log.every):
             return {}
         self._check_finite()
-        return self._log(log, rate)
+        shown = self._log(log, rate)
+        self._log_routing(log, wait=False)
+        return shown
+
+    def _watched(self) -> AbstractContextManager[Any]:
+        if self.watch is None:
+            return nullcontext()
+        return self.watch.update(self.step + 1, length=self.config.data.block_size)
+
+    def _log_routing(self, log: Log, *, wait: bool) -> None:
+        if self.watch is not None:
+            for event, step, fields in self.watch.lines(wait=wait):
+                log.write(event, step, **fields)
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0

@@ -25,6 +25,8 @@ from moesaic.training.config import TrainConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from moesaic.routing.online import RoutingWatch
+
 Precision = Literal["fp32", "mixed", "bf16"]
 
 
@@ -172,6 +174,15 @@ def _check_finite(config: TrainConfig, model: PreTrainedModel) -> None:
             raise UserError(
                 f"{config.model}: the weight {name} holds NaN or infinity. Give a sound checkpoint."
             )
+
+
+def routing_watch(config: TrainConfig, model: PreTrainedModel) -> RoutingWatch | None:
+    """Return what listens to the routers, if asked for. Raises UserError for a dense model."""
+    if config.routing is None:
+        return None
+    from moesaic.routing.online import RoutingWatch  # numba is needed here only
+
+    return RoutingWatch(model, **config.routing.model_dump())
 
 
 def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
