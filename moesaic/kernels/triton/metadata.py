@@ -165,4 +165,5 @@ def _place(
                 tl.store(tile_expert_ptr, 0)
                 tl.store(tile_row_ptr, 0)
                 tl.store(tile_left_ptr, 1)
-                tl.store(token_ptr, 0)
+                if rows > 0:
+                    tl.store(token_ptr, 0)
