@@ -54,16 +54,16 @@ def experts_forward(
     activation = activation_of(self) or "silu"
     name = type(self).__name__
 
-    refused = _why_no_triton(x_TD.device, sentinels=sentinels)
+    refused = _why_no_triton(x_TD.device)
     if refused is None:
         # The kernels take one dtype. Autograd takes the gradients back to the types given.
         compute = grouped.compute_dtype(x_TD, gate_up_EJD)
         operands = x_TD.to(compute), gate_up_EJD.to(compute), down_EDI.to(compute), top_k_index
         refused = _triton().why_not(*operands)
         if refused is None:
-            _say(f"{name}: fused Triton kernels, {options.current()}.")
+            _say_fused(name)
             out_TD: torch.Tensor = _triton().experts(
-                *operands, top_k_weights, activation=activation
+                *operands, top_k_weights, activation=activation, sentinels=sentinels
             )
             return out_TD.to(x_TD.dtype)
     backend, reason = grouped.choose_backend(x_TD, gate_up_EJD, down_EDI)
@@ -106,7 +106,7 @@ def why_not_fused(
         weights = [weight.transpose(1, 2) for weight in weights]
     gate_up_EJD, down_EDI = weights
     device = device or gate_up_EJD.device
-    reason = _why_no_triton(device, sentinels=getattr(module, "_is_expert_parallel", False))
+    reason = _why_no_triton(device)
     if reason is not None:
         return reason
     dtype = dtype or gate_up_EJD.dtype
@@ -142,7 +142,7 @@ def why_not(
         return None
     if path == "grouped":
         return grouped.choose_backend(x_TD, gate_up_EJD, down_EDI)[1]
-    reason = _why_no_triton(x_TD.device, sentinels=False)
+    reason = _why_no_triton(x_TD.device)
     if reason is None:
         reason = _triton().why_not(x_TD, gate_up_EJD, down_EDI, ids_TK)
     return reason
@@ -177,15 +177,13 @@ def _triton() -> Any:
     return fused
 
 
-def _why_no_triton(device: torch.device, *, sentinels: bool) -> str | None:
+def _why_no_triton(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"the fused kernels need a GPU, not a {device.type.upper()}"
     try:
-        triton = _triton()
+        _triton()
     except ImportError as error:
         return f"the fused kernels cannot be imported ({error})"
-    if sentinels and not getattr(triton, "TAKES_SENTINELS", False):  # a fact of that package
-        return "the fused kernels do not run expert-parallel"
     return None
 
 
@@ -232,3 +230,8 @@ def _say(text: str) -> None:
     if text not in _said:
         _said[text] = None
         note(text)
+
+
+@torch.compiler.assume_constant_result
+def _say_fused(name: str) -> None:
+    _say(f"{name}: fused Triton kernels, {options.current()}.")

@@ -182,7 +182,7 @@ class _Counted(torch.nn.Module):
 
 
 class _Fused:
-    """Stands in for `moesaic.kernels.triton`: refuses small experts, computes by the reference."""
+    """Stands in for `moesaic.kernels.triton`: refuses small experts, computes by `grouped`."""
 
     def __init__(self, reason=None):
         self.reason, self.asked, self.ran = reason, [], []
@@ -191,11 +191,9 @@ class _Fused:
         self.asked.append({x_TD.dtype, gate_up_EJD.dtype, down_EDI.dtype})
         return self.reason
 
-    def experts(self, *operands, activation):
-        from moesaic.kernels import reference
-
-        self.ran.append(activation)
-        return reference.experts(*operands, activation=activation)
+    def experts(self, *operands, activation, sentinels):
+        self.ran.append((activation, sentinels))
+        return grouped.experts(*operands, activation=activation, sentinels=sentinels)
 
 
 @pytest.mark.parametrize("reason", [None, "it is too small"])
@@ -204,17 +202,40 @@ def test_fused_kernels_run_wherever_they_do_not_refuse(reason, monkeypatch):
     monkeypatch.setattr(select, "_said", {})
     monkeypatch.setattr(select, "note", said.append)
     monkeypatch.setattr(select, "_triton", lambda: fused)
-    monkeypatch.setattr(select, "_why_no_triton", lambda device, *, sentinels: None)
+    monkeypatch.setattr(select, "_why_no_triton", lambda device: None)
     model = tiny("olmoe")
     own = _step(_as(model, "eager"))
     _same(_step(_as(model, "moesaic")), own, 1e-5)
-    assert fused.ran == (["silu"] * 2 if reason is None else [])
+    assert fused.ran == ([("silu", False)] * 2 if reason is None else [])
     assert len(said) == 1
     assert ("fused Triton kernels" if reason is None else "it is too small") in said[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         _, grads = _step(_as(model, "moesaic"))
     assert fused.asked[-1] == {torch.bfloat16}
     assert all(grad.dtype == torch.float32 for grad in grads.values())
+
+
+def test_the_fused_path_traces_into_one_graph(monkeypatch):
+    said = []
+    monkeypatch.setattr(select, "_said", {})
+    monkeypatch.setattr(select, "note", said.append)
+    monkeypatch.setattr(select, "_triton", _Traced)
+    monkeypatch.setattr(select, "_why_no_triton", lambda device: None)
+    model = tiny("qwen3_moe", output_router_logits=False)
+    fast = _as(model, "moesaic")
+    fast.forward = torch.compile(fast.forward, fullgraph=True, backend="aot_eager")
+    _same(_step(fast), _step(_as(model, "eager")), 1e-5)
+    assert said == ["Qwen3MoeExperts: fused Triton kernels, tuned tiles, persistent."]
+
+
+class _Traced:
+    @staticmethod
+    def why_not(x_TD, gate_up_EJD, down_EDI, ids_TK):
+        return None if gate_up_EJD.is_contiguous() else "strides"
+
+    @staticmethod
+    def experts(*operands, activation, sentinels):
+        return grouped.experts(*operands, activation=activation, sentinels=sentinels)
 
 
 def _unusual_experts(kind, width=11):
