@@ -21,12 +21,14 @@ _PUBLIC = {
     "record": "moesaic.routing.record",
     "recording": "moesaic.routing.recording",
     "Trace": "moesaic.routing.trace",
+    "analyze": "moesaic.routing.analyze",
     "offload": "moesaic.routing.offload",
 }
 
 __all__ = [
     "Trace",
     "__version__",
+    "analyze",
     "anatomy",
     "convert",
     "generate",
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from moesaic.generation import generate
     from moesaic.models.anatomy import anatomy
     from moesaic.models.load import load
+    from moesaic.routing.analyze import analyze
     from moesaic.routing.offload import offload
     from moesaic.routing.record import record
     from moesaic.routing.recording import recording

@@ -25,6 +25,7 @@ HEAVY = {"torch", "transformers", "numpy", "datasets", "matplotlib"}
 NEIGHBOURS = {
     ("models", "kernels"),  # models register the experts kernels
     ("training", "routing"),  # a run listens to its own routers, before there is a directory
+    ("routing", "report"),  # an analysis ends with its page, which reads its directory only
 }
 
 

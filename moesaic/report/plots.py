@@ -64,8 +64,8 @@ def curves(
     With `smooth` above 1 the raw points stay visible as a faint line and a centred running mean
     over that many points is drawn on top.
     """
-    with _style():
-        figure, (axes,) = _figure(9.4, 3.7)
+    with style():
+        figure, (axes,) = new_figure(9.4, 3.7)
         colours = iter(SERIES)
         for name, points in series.items():
             if not points:
@@ -99,8 +99,8 @@ def dots(
     stages = list(dict.fromkeys(stage for row in values.values() for stage in row))
     if not groups or not stages:
         raise UserError("nothing to compare: `values` is empty.")
-    with _style():
-        figure, (axes,) = _figure(9.4, 1.1 + 0.34 * len(groups))
+    with style():
+        figure, (axes,) = new_figure(9.4, 1.1 + 0.34 * len(groups))
         for row, group in enumerate(groups):
             present = [v for v in values[group].values() if v is not None]
             if len(present) > 1:
@@ -151,8 +151,8 @@ def load_map(loads: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
 
     colours = ListedColormap([light(name) for name in HEAT])
     edges = np.linspace(-HEAT_RANGE, HEAT_RANGE, len(HEAT) + 1)
-    with _style():
-        figure, grid = _figure(
+    with style():
+        figure, grid = new_figure(
             0.9 + per_row * (experts * cell + 0.35),
             rows * (max(1.6, layers * cell * 0.86) + 0.75) + 0.45,
             rows=rows,
@@ -218,12 +218,20 @@ def save(figure: Figure, path: Path, *, dpi: int = 144) -> Path:
     allowed = (".png", ".pdf", ".svg")
     if path.suffix not in allowed:
         raise UserError(f"{path.name}: figures are written as {', '.join(allowed)}.")
-    with _style():
+    with style():
         figure.savefig(path, dpi=dpi, facecolor=light("paper"))
     return path
 
 
-def _style() -> Any:
+def fixed(figure: Figure) -> Figure:
+    """Arrange a figure now and keep it so: written to several files, it is arranged only once."""
+    with style():
+        figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    return figure
+
+
+def style() -> Any:
     """A context with our style only: the user's matplotlibrc must not change a report."""
     import matplotlib as mpl
 
@@ -233,7 +241,7 @@ def _style() -> Any:
     return mpl.rc_context(settings)
 
 
-def _figure(
+def new_figure(
     width: float, height: float, *, rows: int = 1, columns: int = 1
 ) -> tuple[Figure, list[Axes]]:
     from matplotlib.figure import Figure
@@ -250,7 +258,7 @@ def _render_svg(figure: Figure) -> str:
     import matplotlib as mpl
 
     buffer = io.StringIO()
-    with _style(), mpl.rc_context({"svg.hashsalt": "moesaic"}):
+    with style(), mpl.rc_context({"svg.hashsalt": "moesaic"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
 

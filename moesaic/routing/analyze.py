@@ -186,9 +186,7 @@ def _read(study: Study, work: Path) -> None:
         while study.domain < len(study.domains):
             rows = study.borders.of(study.number)
             bar.advance(int(lengths[rows[: study.done]].sum()))
-            for done, samples in blocks(
-                study.trace, study.borders, study.number, first=study.done
-            ):
+            for done, samples in blocks(study.trace, study.borders, study.number, first=study.done):
                 study.update(samples, done)
                 bar.advance(int(samples.lengths_N.sum()))
                 if time.monotonic() - saved > SAVE_SECONDS:

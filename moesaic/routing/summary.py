@@ -89,7 +89,7 @@ def summarise(study: Study, tables: dict[str, Table]) -> dict[str, Any]:
 
 
 def _srp(table: Table, domain: str, segments: Sequence[int]) -> dict[str, dict[str, Any]]:
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for m in segments:
         (row,) = np.flatnonzero((table["domain"] == domain) & (table["segment"] == m))
         keys = [key for key in ("srp", "low", "high", "rho", "activation") if key in table]

@@ -299,12 +299,11 @@ def _domains_table(
     losses = np.array([float(part["loss"]) for part in parts])
     overall = float(groups[0][1][f"segments/{headline}/model/srp"])
     srp = np.array([float(part[f"segments/{headline}/model/srp"]) for _, part in groups])
+    tokens, samples = ([int(part[key]) for part in parts] for key in ("tokens", "samples"))
     return {
         "domain": np.array([name for name, _ in groups]),
-        "tokens": np.array([sum(int(p["tokens"]) for p in parts), *(int(p["tokens"]) for p in parts)]),
-        "samples": np.array(
-            [sum(int(p["samples"]) for p in parts), *(int(p["samples"]) for p in parts)]
-        ),
+        "tokens": np.array([sum(tokens), *tokens]),
+        "samples": np.array([sum(samples), *samples]),
         "loss": np.append(_mean(losses), losses),
         "srp": srp,
         "difference": srp / overall - 1 if overall > 0 else np.full(len(srp), np.nan),

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from moesaic.cli.output import JsonOption, OutOption, emit
+from moesaic.cli.output import JsonOption, OutOption, SeedOption, emit
 from moesaic.cli.route_cache import cache
 
 PANEL = "Study"
@@ -101,3 +101,91 @@ def record(
 
 
 app.command()(cache)
+
+
+@app.command()
+def analyze(
+    trace: Annotated[Path, typer.Argument(help="A trace, from `moesaic route record`.")],
+    out: OutOption,
+    segments: Annotated[
+        str, typer.Option(help="Segment lengths of SRP and windows of SCH, in tokens.")
+    ] = "4,16,64,256",
+    bootstrap: Annotated[int, typer.Option(help="Replicates of intervals; 0 for none.")] = 1000,
+    confidence: Annotated[float, typer.Option(help="Confidence of the intervals.")] = 0.95,
+    intervals: Annotated[
+        Literal["model", "layer"], typer.Option(help="Finest level of SRP that gets intervals.")
+    ] = "layer",
+    cache_samples: Annotated[
+        int | None,
+        typer.Option(help="Samples of each domain that cache simulations take; all by default."),
+    ] = None,
+    min_count: Annotated[
+        int, typer.Option(help="Leave out words that occur less often: vocabulary.")
+    ] = 20,
+    case_tokens: Annotated[int, typer.Option(help="Tokens shown of each domain.")] = 256,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Take the tokenizer of another directory for words.")
+    ] = None,
+    seed: SeedOption = 0,
+    overwrite: Annotated[bool, typer.Option(help="Replace an analysis with others.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Measure everything about a trace: consistency, caches, load, specialisation; and show it.
+
+    The output directory holds report.html (one page, no network needed), the figures, metrics.json
+    and every figure in parquet tables. After an interruption the same command goes on.
+
+    Example: `moesaic route analyze runs/trace -o runs/report`
+    """
+    from moesaic.routing.analyze import analyze as run
+
+    analysis = run(
+        trace,
+        out=out,
+        segments=_numbers("segments", segments),
+        bootstrap=bootstrap,
+        confidence=confidence,
+        intervals=intervals,
+        cache_samples=cache_samples,
+        min_count=min_count,
+        case_tokens=case_tokens,
+        tokenizer=tokenizer,
+        seed=seed,
+        overwrite=overwrite,
+    )
+    result = {"path": str(analysis.directory), **analysis.metrics}
+
+    def show() -> None:
+        from moesaic.report.routing_text import overview
+
+        print(overview(analysis))
+        print(f"report       {analysis.directory / 'report.html'}")
+
+    emit(result, json=json, render=show, path=analysis.directory)
+
+
+@app.command()
+def report(
+    analysis: Annotated[Path, typer.Argument(help="What `moesaic route analyze` wrote.")],
+    json: JsonOption = False,
+) -> None:
+    """Draw the figures and the page of an analysis again, from its tables.
+
+    Example: `moesaic route report runs/report`
+    """
+    from moesaic.report.analysis import Analysis
+    from moesaic.report.routing_page import draw
+
+    path = draw(Analysis(analysis))
+    emit({"path": str(path)}, json=json, path=path)
+
+
+def _numbers(name: str, text: str) -> tuple[int, ...]:
+    from moesaic.core.errors import UserError
+
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(
+            f"--{name} {text}: give whole numbers with commas, as in 4,16,64,256."
+        ) from None
