@@ -64,6 +64,13 @@ prints the resolved config, the sizes, and how often each domain will be read.
 
 Lines with `"event": "evaluate"` hold the held-out loss of each domain and its mean.
 
+With a section `routing`, `"event": "routing"` tells of every update how its tokens really went:
+`entropy` of the load over its maximum (mean of the layers, 1 is even), `load_cv`, `load_max`,
+experts that got nothing (`dead`, worst layer), and the same by layer. Every `routing.every`
+updates `"event": "routing_sample"` gives segment routing best performance (`srp`, `rho`) and
+cache hit rates on `routing.sequences` of its sequences. The course of the run does not change; a
+compiled model cannot be listened to.
+
 ## Recipes that ship
 
 """  # noqa: E501 - table rows
@@ -110,7 +117,9 @@ def type_names(annotation: Any) -> Iterator[str]:
         if typing.get_origin(option) is Literal:
             yield from (f"`{value}`" for value in typing.get_args(option))
         elif typing.get_origin(option) is not None:
-            yield {dict: "mapping", tuple: "pair", list: "list"}[typing.get_origin(option)]
+            several = typing.get_args(option)[-1] is ...
+            kinds = {dict: "mapping", tuple: "list" if several else "pair", list: "list"}
+            yield kinds[typing.get_origin(option)]
         elif option is not type(None):
             name = option.__name__
             yield {"str": "text", "float": "number", "int": "integer", "Path": "path"}.get(
