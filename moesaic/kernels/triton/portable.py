@@ -10,7 +10,7 @@ a `Routing` says where each expert's lie. K, P, Q: lengths of the dimensions of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -130,7 +130,8 @@ def activation_gradient(
     grad_TD, h_NJ = grad_TD.contiguous(), h_NJ.contiguous()
     count, depth, width = h_NJ.shape[0], grad_TD.shape[1], down_EDI.shape[2]
     dh_NJ, wa_NI = torch.empty_like(h_NJ), h_NJ.new_empty(count, width)
-    tile = _tile(routing, width, grad_TD, most=128)  # the epilogue needs registers, too
+    most = 64 if routing.tile_rows == 256 else 128  # what follows the product needs registers, too
+    tile = _tile(routing, min(width, most), grad_TD)
     parts = triton.cdiv(width, tile.columns)
     partial = torch.empty(count, parts, dtype=torch.float32, device=h_NJ.device)
     _launch(
@@ -156,6 +157,8 @@ def outer(
     out_EPQ = a_TM.new_empty(experts, p, q)
     height = min(64 if a_TM.itemsize > 2 else 128, max(16, triton.next_power_of_2(p)))
     tile = tile_for(height, q, 64, itemsize=a_TM.itemsize, shared=_shared(a_TM.device))
+    # The token numbers of a step must be there a step before its rows can be asked for.
+    tile = replace(tile, stages=tile.stages + 1)
     _launch(
         _outer, experts * triton.cdiv(p, height), q, tile,
         left, right, routing.token_N, routing.ends_E, out_EPQ, p, q,
@@ -165,15 +168,9 @@ def outer(
     return out_EPQ
 
 
-def _tile(routing: Routing, columns: int, a: torch.Tensor, most: int = 256) -> Tile:
-    tile = tile_for(
-        routing.tile_rows,
-        min(columns, most),
-        a.shape[1],
-        itemsize=a.itemsize,
-        shared=_shared(a.device),
-    )
-    return tile
+def _tile(routing: Routing, columns: int, a: torch.Tensor) -> Tile:
+    shared = _shared(a.device)
+    return tile_for(routing.tile_rows, columns, a.shape[1], itemsize=a.itemsize, shared=shared)
 
 
 def _places(routing: Routing) -> tuple[torch.Tensor, ...]:
@@ -314,23 +311,46 @@ def _activation_gradient(
             grad_ptr + token * depth, w_ptr + expert * w_stride_e, w_stride_d,
             (column, column.to(tl.int64) * w_stride_i), width, depth, EVEN_N, EVEN_K, BM, BN, BK,
         )  # fmt: skip
+        weight = tl.load(weight_ptr + first + r, mask=r < left, other=0.0)
+        part = _finish(
+            da, weight, first, left, n * BN, h_ptr, dh_ptr, wa_ptr, width, ACTIVATION, BM, BN
+        )
+        tl.store(partial_ptr + (first + r) * tiles_n + n, part, mask=r < left)
+
+
+@triton.jit
+def _finish(
+    da, weight, first, left, start, h_ptr, dh_ptr, wa_ptr, width,
+    ACTIVATION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Write dh and weight * a of BN columns from `start` on; return the rows' sums <da, a>."""
+    if BN > 32:  # half by half, for the sake of registers
+        one, two = tl.split(tl.permute(tl.reshape(da, (BM, 2, BN // 2)), (0, 2, 1)))
+        part = _finish(
+            one, weight, first, left, start, h_ptr, dh_ptr, wa_ptr, width, ACTIVATION, BM, BN // 2
+        )
+        start += BN // 2
+        part += _finish(
+            two, weight, first, left, start, h_ptr, dh_ptr, wa_ptr, width, ACTIVATION, BM, BN // 2
+        )
+    else:
         dtype = dh_ptr.dtype.element_ty
+        r = tl.arange(0, BM)
+        column = start + tl.arange(0, BN)
         mask = (r < left)[:, None] & (column < width)[None, :]
         row = (first + r)[:, None]
         at = row * (2 * width) + column[None, :]
         gate = tl.load(h_ptr + at, mask=mask, other=0.0).to(tl.float32)
         up_ = tl.load(h_ptr + at + width, mask=mask, other=0.0).to(tl.float32)
-        weight = tl.load(weight_ptr + first + r, mask=r < left, other=0.0)[:, None]
         act, slope = activate(gate, ACTIVATION)
         # Masked elements of h are zero, and so is act * up there: they add nothing.
         part = tl.sum(da * (act * up_), 1)
-        tl.store(partial_ptr + (first + r) * tiles_n + n, part, mask=r < left)
-        tl.store(
-            wa_ptr + row * width + column[None, :], (weight * (act * up_)).to(dtype), mask=mask
-        )
-        da *= weight
+        wa = (weight[:, None] * (act * up_)).to(dtype)
+        tl.store(wa_ptr + row * width + column[None, :], wa, mask=mask)
+        da *= weight[:, None]
         tl.store(dh_ptr + at, (da * up_ * slope).to(dtype), mask=mask)
         tl.store(dh_ptr + at + width, (da * act).to(dtype), mask=mask)
+    return part
 
 
 @triton.jit
