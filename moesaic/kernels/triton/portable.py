@@ -37,22 +37,30 @@ class Tile:
 
 
 def tile_for(
-    tile_rows: int, columns: int, depth: int, *, itemsize: int, shared: int = _SMALL_SHARED
+    tile_rows: int,
+    columns: int,
+    depth: int,
+    *,
+    itemsize: int,
+    aligned: bool = True,
+    shared: int = _SMALL_SHARED,
 ) -> Tile:
     """Choose a tile of `tile_rows` rows for a product with so many columns, summed over `depth`.
 
-    `shared` is the shared memory in bytes that one program may use.
+    `shared` is the shared memory in bytes that one program may use; `aligned` says that all rows
+    begin at multiples of 16 bytes.
     """
     if itemsize > 2:  # no tensor cores: each thread multiplies for itself
         widest, deepest, warps = 64, 16, 8 if tile_rows > 64 else 4
     else:
         widest, deepest = (256 if tile_rows in (64, 128) else 128), 64
         warps = 8 if tile_rows >= 128 else 4
+    if not aligned:  # loads of single elements go through registers
+        widest, deepest = 64, min(deepest, 32)
     width = min(widest, max(16, triton.next_power_of_2(columns)))
     steps = min(deepest, max(16, triton.next_power_of_2(depth)))
     while True:
-        stage = (tile_rows + width) * steps * itemsize
-        stages = min(4, (shared - 1024) // stage)
+        stages = min(4, (shared - 1024) // ((tile_rows + width) * steps * itemsize))
         if stages >= 3 or width <= 64:
             return Tile(width, steps, warps, max(1, stages))
         width //= 2
@@ -88,12 +96,11 @@ def up(
     rows, depth, width = routing.token_N.shape[0], x_TD.shape[1], gate_up_EJD.shape[1] // 2
     a_NI = x_TD.new_empty(rows, width)
     h_NJ = x_TD.new_empty(rows, 2 * width) if keep_h else None
-    tile = _tile(routing, 2 * width, x_TD)
+    tile = _tile(routing.tile_rows, 2 * width, depth, x_TD, gate_up_EJD)
     _launch(
         _up, routing.most_tiles if rows else 0, 2 * width, tile,
         x_TD, routing.token_N, gate_up_EJD, *gate_up_EJD.stride(), h_NJ, a_NI, *_places(routing),
         width, depth,
-        EVEN_N=2 * width % tile.columns == 0, EVEN_K=depth % tile.depth == 0,
         ACTIVATION=activation, BM=routing.tile_rows, GROUP=_GROUP,
     )  # fmt: skip
     return a_NI, h_NJ
@@ -108,11 +115,10 @@ def rows(
     count, depth = a_NK.shape
     columns = weight_EKM.shape[2]
     out_NM = a_NK.new_empty(count, columns)
-    tile = _tile(routing, columns, a_NK)
+    tile = _tile(routing.tile_rows, columns, depth, a_NK, weight)
     _launch(
         _rows, routing.most_tiles if count else 0, columns, tile,
         a_NK, weight_EKM, *weight_EKM.stride(), out_NM, *_places(routing), columns, depth,
-        EVEN_N=columns % tile.columns == 0, EVEN_K=depth % tile.depth == 0,
         BM=routing.tile_rows, GROUP=_GROUP,
     )  # fmt: skip
     return out_NM
@@ -131,14 +137,13 @@ def activation_gradient(
     count, depth, width = h_NJ.shape[0], grad_TD.shape[1], down_EDI.shape[2]
     dh_NJ, wa_NI = torch.empty_like(h_NJ), h_NJ.new_empty(count, width)
     most = 64 if routing.tile_rows == 256 else 128  # what follows the product needs registers, too
-    tile = _tile(routing, min(width, most), grad_TD)
+    tile = _tile(routing.tile_rows, min(width, most), depth, grad_TD, down_EDI, h_NJ)
     parts = triton.cdiv(width, tile.columns)
     partial = torch.empty(count, parts, dtype=torch.float32, device=h_NJ.device)
     _launch(
         _activation_gradient, routing.most_tiles if count else 0, width, tile,
         grad_TD, routing.token_N, routing.weight_N, down_EDI, *down_EDI.stride(), h_NJ,
         dh_NJ, wa_NI, partial, *_places(routing), width, depth,
-        EVEN_N=width % tile.columns == 0, EVEN_K=depth % tile.depth == 0,
         ACTIVATION=activation, BM=routing.tile_rows, GROUP=_GROUP,
     )  # fmt: skip
     return dh_NJ, wa_NI, partial
@@ -156,21 +161,22 @@ def outer(
     experts, p, q = routing.ends_E.shape[0], left.shape[1], right.shape[1]
     out_EPQ = a_TM.new_empty(experts, p, q)
     height = min(64 if a_TM.itemsize > 2 else 128, max(16, triton.next_power_of_2(p)))
-    tile = tile_for(height, q, 64, itemsize=a_TM.itemsize, shared=_shared(a_TM.device))
+    tile = _tile(height, q, 64, left, right)
     # The token numbers of a step must be there a step before its rows can be asked for.
     tile = replace(tile, stages=tile.stages + 1)
     _launch(
         _outer, experts * triton.cdiv(p, height), q, tile,
         left, right, routing.token_N, routing.ends_E, out_EPQ, p, q,
-        LEFT=not transposed, EVEN_P=p % height == 0, EVEN_Q=q % tile.columns == 0,
-        BM=height, GROUP=_GROUP,
+        LEFT=not transposed, BM=height, GROUP=_GROUP,
     )  # fmt: skip
     return out_EPQ
 
 
-def _tile(routing: Routing, columns: int, a: torch.Tensor) -> Tile:
-    shared = _shared(a.device)
-    return tile_for(routing.tile_rows, columns, a.shape[1], itemsize=a.itemsize, shared=shared)
+def _tile(tile_rows: int, columns: int, depth: int, *operands: torch.Tensor) -> Tile:
+    size, shared = operands[0].itemsize, _shared(operands[0].device)
+    strides = {stride * size for operand in operands for stride in operand.stride() if stride > 1}
+    aligned = all(stride % 16 == 0 for stride in strides)
+    return tile_for(tile_rows, columns, depth, itemsize=size, aligned=aligned, shared=shared)
 
 
 def _places(routing: Routing) -> tuple[torch.Tensor, ...]:
@@ -187,23 +193,8 @@ def _swizzle(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _load(ptr, inside_row, inside_column, EVEN_ROWS: tl.constexpr, EVEN_COLUMNS: tl.constexpr):
-    """Load a tile with zeros outside; the masks are vectors, and not looked at where even."""
-    if EVEN_ROWS and EVEN_COLUMNS:
-        tile = tl.load(ptr)
-    elif EVEN_ROWS:
-        tile = tl.load(ptr, mask=inside_column[None, :], other=0.0)
-    elif EVEN_COLUMNS:
-        tile = tl.load(ptr, mask=inside_row[:, None], other=0.0)
-    else:
-        tile = tl.load(ptr, mask=inside_row[:, None] & inside_column[None, :], other=0.0)
-    return tile
-
-
-@triton.jit
 def _product(
     a_row_ptr, b_ptr, b_stride_k, b_column, N, K,
-    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Rows [BM] of length K, each at its pointer, times a matrix [K, BN], in float32.
@@ -217,8 +208,8 @@ def _product(
     total = tl.zeros((BM, BN), tl.float32)
     for start in range(0, K, BK):
         inside = start + k < K
-        a = _load(a_ptr, inside, inside, True, EVEN_K)
-        b = _load(b_ptr, inside, column < N, EVEN_K, EVEN_N)
+        a = tl.load(a_ptr, mask=inside[None, :], other=0.0)
+        b = tl.load(b_ptr, mask=inside[:, None] & (column < N)[None, :], other=0.0)
         total = tl.dot(a, b, total, input_precision="ieee")
         a_ptr += BK
         b_ptr += BK * b_stride_k
@@ -229,7 +220,7 @@ def _product(
 def _up(
     x_ptr, token_ptr, w_ptr, w_stride_e, w_stride_j, w_stride_d, h_ptr, out_ptr,
     tile_expert_ptr, tile_row_ptr, tile_left_ptr, tiles_ptr, width, depth,
-    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, ACTIVATION: tl.constexpr, BM: tl.constexpr,
+    ACTIVATION: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Columns alternate between gate and up: a thread holds both and needs no exchange."""
@@ -247,7 +238,7 @@ def _up(
         offset = (column // 2 + (column % 2) * width).to(tl.int64) * w_stride_j
         total = _product(
             x_ptr + token * depth, w_ptr + expert * w_stride_e, w_stride_d, (column, offset),
-            2 * width, depth, EVEN_N, EVEN_K, BM, BN, BK,
+            2 * width, depth, BM, BN, BK,
         )  # fmt: skip
         gate, up_ = tl.split(tl.reshape(total, (BM, BN // 2, 2)))
         # From the rounded h, as the backward pass will see it.
@@ -268,7 +259,7 @@ def _up(
 def _rows(
     a_ptr, w_ptr, w_stride_e, w_stride_k, w_stride_n, out_ptr,
     tile_expert_ptr, tile_row_ptr, tile_left_ptr, tiles_ptr, N, K,
-    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, BM: tl.constexpr,
+    BM: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     tiles_m = tl.load(tiles_ptr)
@@ -282,7 +273,7 @@ def _rows(
         column = n * BN + tl.arange(0, BN)
         total = _product(
             a_ptr + (first + tl.minimum(r, left - 1)) * K, w_ptr + expert * w_stride_e, w_stride_k,
-            (column, column.to(tl.int64) * w_stride_n), N, K, EVEN_N, EVEN_K, BM, BN, BK,
+            (column, column.to(tl.int64) * w_stride_n), N, K, BM, BN, BK,
         )  # fmt: skip
         where = out_ptr + (first + r)[:, None] * N + column[None, :]
         mask = (r < left)[:, None] & (column < N)[None, :]
@@ -293,7 +284,7 @@ def _rows(
 def _activation_gradient(
     grad_ptr, token_ptr, weight_ptr, w_ptr, w_stride_e, w_stride_d, w_stride_i, h_ptr, dh_ptr,
     wa_ptr, partial_ptr, tile_expert_ptr, tile_row_ptr, tile_left_ptr, tiles_ptr, width, depth,
-    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, ACTIVATION: tl.constexpr, BM: tl.constexpr,
+    ACTIVATION: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """The product is da without the routing weight; what needs h happens to the tile at once."""
@@ -309,7 +300,7 @@ def _activation_gradient(
         column = n * BN + tl.arange(0, BN)
         da = _product(
             grad_ptr + token * depth, w_ptr + expert * w_stride_e, w_stride_d,
-            (column, column.to(tl.int64) * w_stride_i), width, depth, EVEN_N, EVEN_K, BM, BN, BK,
+            (column, column.to(tl.int64) * w_stride_i), width, depth, BM, BN, BK,
         )  # fmt: skip
         weight = tl.load(weight_ptr + first + r, mask=r < left, other=0.0)
         part = _finish(
@@ -356,7 +347,7 @@ def _finish(
 @triton.jit
 def _outer(
     left_ptr, right_ptr, token_ptr, ends_ptr, out_ptr, P, Q,
-    LEFT: tl.constexpr, EVEN_P: tl.constexpr, EVEN_Q: tl.constexpr, BM: tl.constexpr,
+    LEFT: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """out[e] = left^T right over the rows of e; one matrix is gathered: the left one if LEFT."""
@@ -377,8 +368,10 @@ def _outer(
         token = tl.load(token_ptr + row, mask=inside, other=0).to(tl.int64)
         # Rows past the end are zeros on both sides: the next expert's may hold infinities.
         left_row, right_row = (token, row) if LEFT else (row, token)
-        left = _load(left_ptr + p[:, None] + left_row[None, :] * P, p < P, inside, EVEN_P, False)
-        right = _load(right_ptr + right_row[:, None] * Q + q[None, :], inside, q < Q, False, EVEN_Q)
+        left_at = left_ptr + p[:, None] + left_row[None, :] * P
+        left = tl.load(left_at, mask=(p < P)[:, None] & inside[None, :], other=0.0)
+        right_at = right_ptr + right_row[:, None] * Q + q[None, :]
+        right = tl.load(right_at, mask=inside[:, None] & (q < Q)[None, :], other=0.0)
         total = tl.dot(left, right, total, input_precision="ieee")
     where = out_ptr + expert.to(tl.int64) * P * Q + p.to(tl.int64)[:, None] * Q + q[None, :]
     mask = (p < P)[:, None] & (q < Q)[None, :]
