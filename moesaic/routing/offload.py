@@ -9,7 +9,8 @@ layers share as many (`scope="model"`); the others wait in page-locked memory an
 are asked for. A call that needs more experts than there are slots runs in rounds, each expert once,
 and adds up every token's experts at the end, so that results do not depend on the rounds. While a
 layer computes, the router of the next one is shown the same input, and the experts that it would
-choose set out (Eliseev and Mazur, arXiv 2312.17238): a wrong guess costs transfers, nothing else.
+choose set out (Eliseev and Mazur, arXiv 2312.17238): a wrong guess costs transfers, nothing else,
+and where most are wrong, guessing stops.
 
 Hits are counted by the rules of `moesaic.routing.policy`: a guess may hide a miss, never turn it
 into a hit. Every row counts that the experts compute, padding too.
@@ -155,8 +156,6 @@ class Offload:
     """Slots of each cache: a number a layer, or one."""
     layers: tuple[int, ...] = ()
     """Decoder layer index of each MoE layer."""
-    guesses: int = 0
-    """Experts that set out because they were guessed."""
     _layers: list[_Layer] = field(default_factory=list)
     _shelves: list[Shelf] = field(default_factory=list)
     _books: PassBooks | None = None
@@ -189,6 +188,11 @@ class Offload:
         return sum(shelf.loads for shelf in self._shelves)
 
     @property
+    def guesses(self) -> int:
+        """Experts that set out because the router before said so."""
+        return sum(shelf.guesses for shelf in self._shelves)
+
+    @property
     def used_guesses(self) -> int:
         """Experts asked for that had set out before, because they were guessed."""
         return sum(shelf.used_guesses for shelf in self._shelves)
@@ -216,10 +220,9 @@ class Offload:
             shelf.live.clear()
             if self.policy != "fixed":
                 shelf.clear()
-            shelf.loads = shelf.used_guesses = 0
+            shelf.forget()
         if self._books is not None:
             self._books.clear()
-        self.guesses = 0
 
     def measure(self, input_ids: torch.Tensor, *, new_tokens: int = 32) -> Measured:
         """Read a prompt [B, T], decode greedily, and return tokens/s measured and predicted.
@@ -450,14 +453,14 @@ class Offload:
                 )
                 if y_ND is None:
                     y_ND = y.new_empty(rows * top_k, y.shape[1])
-                y_ND[at_N] = y
+                y_ND.index_copy_(0, at_N, y)
         if y_ND is not None:
             out_RD = combine(y_ND, torch.arange(len(y_ND), device=y_ND.device), top_k)
         if guess is not None:
             following = self._layers[layer.place + 1]
             shelf = self._shelves[0 if self.scope == "model" else following.place]
             most = min(following.top_k, shelf.staging.bank.size) if shelf.staging else 0
-            self.guesses += shelf.guess(guess, most=most)
+            shelf.guess(guess, most=most)
         return out_RD
 
     def _fetch(
@@ -482,8 +485,10 @@ class Offload:
             counted_RK = np.where(raw_RK >= 0, raw_RK + first, -1)
         if guessed is None:
             return keys_RK, counted_RK, None
-        found, times = np.unique(flat[-guessed.numel() :], return_counts=True)
-        order = np.argsort(-times, kind="stable")
+        found, at, times = np.unique(
+            flat[-guessed.numel() :], return_index=True, return_counts=True
+        )
+        order = np.lexsort((at, -times))  # the most wanted; of one row, the highest score
         return keys_RK, counted_RK, (found[order] + first + self._stride).tolist()
 
     def _guess(self, layer: _Layer, x_RD: torch.Tensor) -> torch.Tensor | None:
@@ -498,6 +503,7 @@ class Offload:
             or router is None
             or router.training
             or shelf.staging is None
+            or not shelf.guesses_pay
             or following.device != layer.device
         ):
             return None

@@ -24,6 +24,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 MOST_SLOTS = 512
 """Of one bank: grouped matrix products take fewer than 1,024 groups."""
+_TRIED = 32  # guesses before they are judged
 _LOCKED_FROM = 1 << 20  # bytes; smaller tensors share pages with others, and are copied
 
 
@@ -146,19 +147,30 @@ class Shelf:
         self.where: dict[int, tuple[int, int]] = {}
         self.loads = 0
         """Experts that travelled because they were asked for."""
+        self.guesses = 0
+        """Experts that set out because they were guessed."""
         self.used_guesses = 0
         """Experts asked for that were on their way already."""
+
+    @property
+    def guesses_pay(self) -> bool:
+        """False once most guesses have been wrong: each costs the time of a transfer."""
+        return self.guesses < _TRIED or 2 * self.used_guesses >= self.guesses
 
     def preload(self) -> None:
         """Bring what the policy holds from the start."""
         self._fill(self.live.resident_E.nonzero()[0].tolist(), ())
-        self.loads = 0
+        self.forget()
 
     def clear(self) -> None:
         """Empty the slots."""
         self.where.clear()
         for bank in self.banks:
             bank.keys = [None] * bank.size
+
+    def forget(self) -> None:
+        """Set the counts to 0."""
+        self.loads = self.guesses = self.used_guesses = 0
 
     def has(self, key: int) -> bool:
         """Whether an expert is here, or on its way."""
@@ -203,19 +215,17 @@ class Shelf:
         if self.staging is not None:
             self._count_guesses(needed)
 
-    def guess(self, keys: Iterable[int], *, most: int) -> int:
-        """Begin to bring experts that may be asked for next; return how many."""
+    def guess(self, keys: Iterable[int], *, most: int) -> None:
+        """Begin to bring experts that may be asked for next, `most` of them."""
         if self.staging is None:
-            return 0
+            return
         wanted = [key for key in keys if key not in self.where][:most]
-        begun = 0
         for key in wanted:
             if key not in self.staging.where and self.staging.put(
                 key, self.host(key), self.lane, keep=wanted
             ):
                 self.staging.guessed.add(key)
-                begun += 1
-        return begun
+                self.guesses += 1
 
     def _bring(self, pending: Mapping[int, None]) -> None:
         """Begin to load: what stays into slots that are free now, what passes into staging."""
