@@ -36,6 +36,8 @@ class Analysis:
             raise UserError(
                 f"{path} is no routing analysis, or damaged ({error!r}). Analyze the trace again."
             ) from error
+        self.label: str | None = None
+        """A name to be shown instead of the model's."""
         self._tables: dict[str, Columns] = {}
 
     def __repr__(self) -> str:
@@ -43,7 +45,9 @@ class Analysis:
 
     @property
     def name(self) -> str:
-        """The model's name without its folder; the directory's where there is none."""
+        """The label; else the model's name without its folder, or the directory's."""
+        if self.label is not None:
+            return self.label
         given = self.metrics["model"].get("name")
         return Path(str(given)).name if given else self.directory.name
 

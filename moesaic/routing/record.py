@@ -96,7 +96,7 @@ def record(
     name = str(getattr(model, "name_or_path", "") if isinstance(model, PreTrainedModel) else model)
     if name and Path(name).expanduser().is_dir():
         name = str(Path(name).expanduser().resolve())
-    loaded, tokenizer = _open(model, tokenizer, name, device, dtype, load)
+    loaded, tokenizer = open_model(model, tokenizer, name, device, dtype, load)
     if language is not None:
         if loaded.config.model_type != "nllb-moe":
             raise UserError(
@@ -167,7 +167,7 @@ def _check_directory(directory: Path) -> None:
         raise UserError(f"{directory} is not empty and holds no trace. Choose another -o.")
 
 
-def _open(
+def open_model(
     model: str | Path | PreTrainedModel,
     tokenizer: Any,
     name: str,

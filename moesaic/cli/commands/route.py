@@ -180,6 +180,90 @@ def report(
     emit({"path": str(path)}, json=json, path=path)
 
 
+@app.command()
+def compare(
+    analyses: Annotated[
+        list[Path], typer.Argument(help="Analyses or traces; the first is the base.")
+    ],
+    out: OutOption,
+    name: Annotated[
+        list[str] | None, typer.Option(help="Name the models, in order: --name A --name B.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace the output directory.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Put models side by side: base and post-trained ones, and those of the routing study.
+
+    Traces are analyzed first, beside the output directory.
+
+    Example: `moesaic route compare runs/report-base runs/report-sft -o runs/comparison`
+    """
+    import json as json_module
+
+    from moesaic.routing.compare import compare as run
+
+    path = run(analyses, out=out, names=name, overwrite=overwrite)
+    found = json_module.loads((path / "comparison.json").read_text(encoding="utf-8"))
+
+    def show() -> None:
+        from moesaic.report.compare_page import differences_table
+
+        print(differences_table(found).text())
+        for note in found["notes"]:
+            print(f"note         {note}")
+        print(f"report       {path / 'report.html'}")
+
+    emit({"path": str(path), **found}, json=json, render=show, path=path)
+
+
+@app.command()
+def show(
+    model: Annotated[str, typer.Argument(help="A model directory, hub id or alias.")],
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", help="The text to look at; `-` reads it from stdin.")
+    ],
+    layer: Annotated[
+        str, typer.Option(help="A layer's number, `best` (the most consistent one) or `all`.")
+    ] = "best",
+    new_tokens: Annotated[int, typer.Option(help="Continue the text by so many tokens.")] = 32,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Take the tokenizer of another directory.")
+    ] = None,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option(help="Where to run; auto prefers GPUs.")
+    ] = "auto",
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(help="Number format; auto is the checkpoint's on a GPU, float32 on a CPU."),
+    ] = "auto",
+    json: JsonOption = False,
+) -> None:
+    """Show a prompt and its continuation with every token coloured by its first expert.
+
+    What the model wrote is underlined. Without colours the expert's number stands behind each
+    token.
+
+    Example: `moesaic route show runs/moe -p "def main(" --layer all`
+    """
+    import sys
+
+    from moesaic.cli.routed import places_of, print_routed
+    from moesaic.routing.show import show as run
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    shown = run(model, text, new_tokens=new_tokens, tokenizer=tokenizer, device=device, dtype=dtype)
+    places = places_of(shown.decoder, layer)
+
+    def render() -> None:
+        if shown.encoder is not None:
+            print("encoder")
+            print_routed(shown.encoder, places_of(shown.encoder, layer))
+            print("decoder")
+        print_routed(shown.decoder, places)
+
+    emit(shown.to_dict(), json=json, render=render)
+
+
 def _numbers(name: str, text: str) -> tuple[int, ...]:
     from moesaic.core.errors import UserError
 
