@@ -214,6 +214,11 @@ class Offload:
         """Bytes of all experts in host memory."""
         return sum(p.nbytes for layer in self._layers for p in layer.host.values())
 
+    @property
+    def num_experts(self) -> tuple[int, ...]:
+        """Experts of each layer."""
+        return tuple(layer.experts for layer in self._layers)
+
     def clear(self) -> None:
         """Empty the caches and the counts, as a sample of a simulation starts."""
         for shelf in self._shelves:

@@ -60,6 +60,7 @@ def _rate(seconds: float) -> float:
 def measure(off: Offload, input_ids: torch.Tensor, *, new_tokens: int) -> Measured:
     """See `Offload.measure`."""
     batch = len(input_ids)
+    input_ids = input_ids.to(off.model.device)
     with torch.inference_mode():
         _decode(off, input_ids, 2)  # warm up
         off.clear()

@@ -11,6 +11,7 @@ import moesaic
 from moesaic.core.errors import MoesaicError, UserError
 from moesaic.routing import caches
 from moesaic.routing.policy import PriorityPolicy
+from tests.helpers import GOLDEN
 from tests.kernels.families import FAMILIES, tiny
 
 EXPERTS = 6
@@ -34,13 +35,14 @@ def greedy(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 def chosen(rec) -> np.ndarray:
     """All that was asked for as one sample: [1, rows, layers, K]."""
-    return np.stack([rec.experts[layer].numpy() for layer in sorted(rec.experts)], axis=1)[None]
+    experts = getattr(rec, "experts", rec)
+    return np.stack([experts[layer].numpy() for layer in sorted(experts)], axis=1)[None]
 
 
 def simulated(rec, off, policy="lru") -> list[int]:
-    """Hits of every cache by `caches.hit_rates`."""
-    ids = chosen(rec)
-    rates = caches.hit_rates(ids, num_experts=EXPERTS, policy=policy, scope=off.scope)[0]
+    """Hits of every cache, which are those of `caches.hit_rates`."""
+    ids, experts = chosen(rec), max(off.num_experts)
+    rates = caches.hit_rates(ids, num_experts=experts, policy=policy, scope=off.scope)[0]
     rates = rates if off.scope == "layer" else rates[None]
     for rate, size, hits, asked in zip(rates, off.slots, off.hits, off.requests, strict=True):
         assert np.float32(hits / asked) == rate[size - 1]
@@ -64,6 +66,40 @@ def test_tokens_and_logits_are_those_of_the_model(family):
             torch.testing.assert_close(run(model, ids), logits, rtol=1e-5, atol=1e-5)
         assert 0 < sum(simulated(rec, off, policy)) < off.requests.sum()
         assert off.loads > sum(off.slots)
+
+
+OTHERS = ("jetmoe", "nllb_moe", "switch_transformers")  # whose experts are no 3-D weights
+RELEASED = [
+    path.name
+    for path in sorted((GOLDEN / "families").iterdir())
+    if not path.name.startswith(OTHERS)
+]
+
+
+@pytest.mark.parametrize("fixture", RELEASED)
+def test_every_family_with_3d_experts(fixture):
+    model, ids = moesaic.load(GOLDEN / "families" / fixture, dtype=torch.float32), prompt()
+    ids %= model.config.get_text_config().vocab_size
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+    uneven = fixture == "llama_moe_uneven"
+    for cache, scope in ((1.0, "layer"), (1.5, "layer" if uneven else "model")):
+        with (
+            moesaic.offload(model, cache=cache, scope=scope) as off,
+            moesaic.recording(model, logits=False) as rec,
+            torch.no_grad(),
+        ):
+            logits = model(input_ids=ids).logits
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=2e-5)
+        widest = max(found.shape[1] for found in rec.experts.values())
+        rec = {  # layers that choose fewer are filled up with "no choice"
+            layer: nn.functional.pad(found, (0, widest - found.shape[1]), value=-1)
+            for layer, found in rec.experts.items()
+        }
+        simulated(rec, off)
+    if uneven:
+        with pytest.raises(UserError, match="scope='layer'"), moesaic.offload(model, scope="model"):
+            pass
 
 
 @pytest.mark.parametrize("scope", ["layer", "model"])
