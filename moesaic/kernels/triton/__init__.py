@@ -25,7 +25,9 @@ def why_not(
     if capability < _OLDEST:
         return f"the GPU has compute capability {capability[0]}.{capability[1]}, not 8.0 or more"
     if x_TD.dtype not in _DTYPES:
-        return f"the products are in {str(x_TD.dtype).removeprefix('torch.')}, not bfloat16 or float16"
+        return (
+            f"the products are in {str(x_TD.dtype).removeprefix('torch.')}, not bfloat16 or float16"
+        )
     if not x_TD.dtype == gate_up_EJD.dtype == down_EDI.dtype:
         return "input and weights have different dtypes"
     hidden, width = down_EDI.shape[1:]
@@ -50,8 +52,13 @@ def experts(
     weights_TK: torch.Tensor,
     *,
     activation: Activation = "silu",
+    sentinels: bool = False,
 ) -> torch.Tensor:
-    """Compute what `reference.experts` computes, on tensors that `why_not` has nothing against."""
+    """Compute what `reference.experts` computes, on tensors that `why_not` has nothing against.
+
+    `sentinels`: ids outside [0, E) are rows of other ranks, which add nothing.
+    """
     from moesaic.kernels.triton.layer import compute
 
-    return compute(x_TD, gate_up_EJD, down_EDI, ids_TK, weights_TK, activation=activation)
+    tensors = (x_TD, gate_up_EJD, down_EDI, ids_TK, weights_TK)
+    return compute(*tensors, activation=activation, sentinels=sentinels)

@@ -23,56 +23,73 @@ from moesaic.kernels.triton.activations import activate
 
 MOST_PAIRS = 512
 """Pairs N that `decode` takes; beyond, reading all ids in each program costs too much."""
-_PROGRAMS = 512  # that keep a large GPU busy: four for each of 132 processors
+_PROGRAMS = 384  # that keep a large GPU busy: three for each of 132 processors
+
+_WEIGHED = 256  # columns that one program brings together
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How one product is cut: columns of a tile (rows of the weight), its depth, steps ahead."""
+
+    columns: int
+    depth: int
+    stages: int
+    warps: int = 4
 
 
 @dataclass(frozen=True)
 class Config:
-    """How the two products are cut: rows of weights and depth of a tile, warps, steps ahead.
+    """How a layer is cut.
 
     `tile_rows` rows of one expert are multiplied at once; if it has more, its weights are read
-    again. `overlap` starts a kernel's preparations while the one before it still runs (compute
-    capability 9.0 and up).
+    again. `overlap` lets a kernel prepare while the one before it still runs (compute capability
+    9.0 and up).
     """
 
-    up_columns: int
-    down_columns: int
-    depth: int
-    stages: int
-    warps: int = 4
-    tile_rows: int = 16
+    up: Cut
+    down: Cut
+    tile_rows: int
     overlap: bool = False
 
 
 def configs(
     *, tokens: int, hidden: int, width: int, experts: int, top_k: int, itemsize: int = 2
 ) -> dict[str, Config]:
-    """Return the ways to cut a problem by name; the first is the one that `decode` takes.
+    """Return the ways to cut a problem by name; "chosen" is the one that `decode` takes.
 
-    narrow has the most programs, for a few small experts; wide reads the rows of x least often, for
-    many large ones; deep has fewer, longer steps than middle.
+    The others cut both products alike. narrow makes the most programs, for a few small experts;
+    wide reads the rows of x least often, for many large ones; deep takes longer steps.
     """
     pairs = tokens * top_k
-    touched = min(pairs, experts)
-    mean = pairs / touched if touched else 0
-    rows = 16 if mean <= 8 else 32 if mean <= 20 else 64
-    if itemsize > 2:
-        return {"wide": Config(32, 32, 32, 3, tile_rows=min(rows, 32))}
-    found = {
-        "narrow": Config(16, 16, 256, 5, tile_rows=rows),
-        "middle": Config(32, 32, 128, 5, tile_rows=rows),
-        "deep": Config(32, 32, 256, 4, tile_rows=rows),
-        "wide": Config(64, 64, 128, 4, tile_rows=rows),
+    touched = max(1, min(pairs, experts))
+    mean = pairs / touched
+    tile_rows = 16 if mean <= 8 else 32 if mean <= 20 else 64
+    cuts = _cuts(tile_rows, itemsize)
+    up, down = (_choose(cuts, touched * columns) for columns in (2 * width, hidden))
+    return {"chosen": Config(up, down, tile_rows)} | {
+        name: Config(cut, cut, tile_rows) for name, cut in cuts.items()
     }
-    if rows == 64:  # with the rows of x, the deep ones do not fit into shared memory
-        found = {"wide": Config(64, 64, 64, 4, tile_rows=64), "middle": found["middle"]}
-    columns = touched * min(2 * width, hidden)
-    first = next(
-        (name for name in ("wide", "middle") if columns >= _PROGRAMS * found[name].up_columns),
-        "narrow",
-    )
-    first = first if first in found else "middle"
-    return {first: found[first]} | found
+
+
+def _cuts(tile_rows: int, itemsize: int) -> dict[str, Cut]:
+    """Return cuts from narrow to wide. A step of all their tiles together is 16 to 32 KiB."""
+    if itemsize > 2:
+        return {"narrow": Cut(16, 32, 4), "wide": Cut(32, 32, 4)}
+    if tile_rows == 64:
+        return {"narrow": Cut(32, 64, 5), "wide": Cut(64, 64, 4)}
+    return {
+        "narrow": Cut(16, 256, 5),
+        "deep": Cut(32, 256, 4),
+        "middle": Cut(32, 128, 5),
+        "wide": Cut(64, 128, 4),
+    }
+
+
+def _choose(cuts: dict[str, Cut], columns: int) -> Cut:
+    """Return the widest cut that still makes enough programs for so many rows of weights."""
+    enough = [cut for cut in cuts.values() if columns >= _PROGRAMS * cut.columns]
+    return enough[-1] if enough else next(iter(cuts.values()))
 
 
 def decode(
@@ -101,36 +118,42 @@ def decode(
     if pairs == 0:
         return torch.zeros_like(x_TD)
     if config is None:
-        sizes = {"tokens": tokens, "hidden": hidden, "width": width, "experts": experts}
-        config = next(iter(configs(**sizes, top_k=top_k, itemsize=x_TD.itemsize).values()))
+        config = configs(
+            tokens=tokens, hidden=hidden, width=width, experts=experts, top_k=top_k,
+            itemsize=x_TD.itemsize,
+        )["chosen"]  # fmt: skip
+    up, down, overlap = config.up, config.down, config.overlap
     x_TD, ids_TK, weights_TK = (t.contiguous() for t in (x_TD, ids_TK, weights_TK))
     a_NI, y_ND = x_TD.new_empty(pairs, width), x_TD.new_empty(pairs, hidden, dtype=torch.float32)
     out_TD = torch.empty_like(x_TD)
     by_expert = pairs > experts
     slots = experts if by_expert else pairs
     common = {
-        "PAIRS": max(16, triton.next_power_of_2(pairs)), "BY_EXPERT": by_expert,
-        "BM": config.tile_rows, "BK": config.depth, "OVERLAP": config.overlap,
-        "num_warps": config.warps, "num_stages": config.stages,
-    }  # fmt: skip
-    _up[(triton.cdiv(2 * width, config.up_columns), slots)](
+        "BM": config.tile_rows,
+        "BY_EXPERT": by_expert,
+        "PAIRS": max(16, triton.next_power_of_2(pairs)),
+        "OVERLAP": overlap,
+    }
+    _up[(triton.cdiv(2 * width, up.columns), slots)](
         x_TD, ids_TK, gate_up_EJD, *gate_up_EJD.stride(), a_NI, pairs, experts, width, hidden,
-        TOP_K=top_k, ACTIVATION=activation, BN=config.up_columns, **common,
+        TOP_K=top_k, ACTIVATION=activation, BN=up.columns, BK=up.depth, **common,
+        num_warps=up.warps, num_stages=up.stages,
     )  # fmt: skip
-    _down[(triton.cdiv(hidden, config.down_columns), slots)](
+    _down[(triton.cdiv(hidden, down.columns), slots)](
         a_NI, ids_TK, down_EDI, *down_EDI.stride(), y_ND, pairs, experts, hidden, width,
-        BN=config.down_columns, launch_pdl=config.overlap, **common,
+        BN=down.columns, BK=down.depth, **common,
+        num_warps=down.warps, num_stages=down.stages, launch_pdl=overlap,
     )  # fmt: skip
-    _weigh[(tokens, triton.cdiv(hidden, 256))](
+    _weigh[(tokens, triton.cdiv(hidden, _WEIGHED))](
         y_ND, ids_TK, weights_TK, out_TD, experts, hidden,
-        TOP_K=top_k, BLOCK=256, OVERLAP=config.overlap, launch_pdl=config.overlap, num_warps=2,
+        TOP_K=top_k, BLOCK=_WEIGHED, OVERLAP=overlap, num_warps=2, launch_pdl=overlap,
     )  # fmt: skip
     return out_TD
 
 
 @triton.jit
 def _mine(ids_ptr, pairs, experts, BY_EXPERT: tl.constexpr, PAIRS: tl.constexpr):
-    """A program's expert, which pairs [PAIRS] are its own, and how many.
+    """A program's expert, its pairs [PAIRS] as PAIRS * rank + pair, else negative, and their count.
 
     With more pairs than experts, a program's slot is its expert. Else it is a pair, and the first
     pair of an expert works for all of them: the others have no pairs.
@@ -140,24 +163,31 @@ def _mine(ids_ptr, pairs, experts, BY_EXPERT: tl.constexpr, PAIRS: tl.constexpr)
     ids = tl.load(ids_ptr + pair, mask=pair < pairs, other=-1).to(tl.int32)
     if BY_EXPERT:
         expert = slot
-        own = ids == expert
-        count = tl.sum(own.to(tl.int32), 0)
+        own = (ids == expert).to(tl.int32)
+        count = tl.sum(own, 0)
     else:
         expert = tl.load(ids_ptr + slot).to(tl.int32)
-        own = ids == expert
-        earlier = tl.sum((own & (pair < slot)).to(tl.int32), 0)
+        own = (ids == expert).to(tl.int32)
+        earlier = tl.sum(tl.where(pair < slot, own, 0), 0)
         works = (earlier == 0) & (expert >= 0) & (expert < experts)
-        count = tl.where(works, tl.sum(own.to(tl.int32), 0), 0)
-    return expert.to(tl.int64), own, count
+        count = tl.where(works, tl.sum(own, 0), 0)
+    # One number for both: it goes from every thread to every other.
+    ranked = tl.where(own == 1, (tl.cumsum(own, 0) - 1) * PAIRS + pair, -1)
+    return expert.to(tl.int64), ranked, count
 
 
 @triton.jit
-def _pairs_of(own, first, BM: tl.constexpr, PAIRS: tl.constexpr):
-    """Pairs [BM] of the own ones from number `first` on; 0 past the last."""
-    rank = tl.cumsum(own.to(tl.int32), 0) - 1
-    wanted = first + tl.arange(0, BM)
-    hit = own[None, :] & (rank[None, :] == wanted[:, None])
-    return tl.sum(tl.where(hit, tl.arange(0, PAIRS)[None, :], 0), 1)
+def _pairs_of(ranked, first, BM: tl.constexpr, PAIRS: tl.constexpr, LENGTH: tl.constexpr):
+    """Pairs [BM] of ranks from `first` on, found among LENGTH ranked ones; 0 past the last."""
+    if LENGTH * BM > 2048:  # half by half, for the sake of registers
+        even, odd = tl.split(tl.reshape(ranked, (LENGTH // 2, 2)))
+        pair = _pairs_of(even, first, BM, PAIRS, LENGTH // 2)
+        pair += _pairs_of(odd, first, BM, PAIRS, LENGTH // 2)
+    else:
+        start = ((first + tl.arange(0, BM)) * PAIRS)[:, None]
+        each = ranked[None, :] - start
+        pair = tl.sum(tl.where((each >= 0) & (each < PAIRS), each, 0), 1)
+    return pair
 
 
 @triton.jit
@@ -174,7 +204,7 @@ def _product(
         inside = start + k < K
         a = tl.load(a_ptr, mask=valid[:, None] & inside[None, :], other=0.0)
         b_mask = inside[:, None] & (column < N)[None, :]
-        b = tl.load(b_ptr, mask=b_mask, other=0.0, eviction_policy="evict_first")
+        b = tl.load(b_ptr, mask=b_mask, other=0.0)
         total = tl.dot(a, b, total, input_precision="ieee")
         a_ptr += BK
         b_ptr += BK * b_stride_k
@@ -190,12 +220,12 @@ def _up(
     """a[pair] = act(gate) * up; columns alternate between gate and up, as in `portable`."""
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
-    expert, own, count = _mine(ids_ptr, pairs, experts, BY_EXPERT, PAIRS)
+    expert, ranked, count = _mine(ids_ptr, pairs, experts, BY_EXPERT, PAIRS)
     column = tl.program_id(0) * BN + tl.arange(0, BN)
     offset = (column // 2 + (column % 2) * width).to(tl.int64) * w_stride_j
     at = tl.program_id(0) * (BN // 2) + tl.arange(0, BN // 2)
     for first in range(0, count, BM):
-        pair = _pairs_of(own, first, BM, PAIRS)
+        pair = _pairs_of(ranked, first, BM, PAIRS, PAIRS)
         valid = first + tl.arange(0, BM) < count
         total = _product(
             x_ptr + (pair // TOP_K) * hidden, valid, w_ptr + expert * w_stride_e, w_stride_d,
@@ -219,12 +249,12 @@ def _down(
     """y[pair] = down(a[pair]), without the routing weight."""
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
-    expert, own, count = _mine(ids_ptr, pairs, experts, BY_EXPERT, PAIRS)
+    expert, ranked, count = _mine(ids_ptr, pairs, experts, BY_EXPERT, PAIRS)
     column = tl.program_id(0) * BN + tl.arange(0, BN)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()  # every program: the next kernel takes our end for that of `_up`
     for first in range(0, count, BM):
-        pair = _pairs_of(own, first, BM, PAIRS)
+        pair = _pairs_of(ranked, first, BM, PAIRS, PAIRS)
         valid = first + tl.arange(0, BM) < count
         total = _product(
             a_ptr + pair * width, valid, w_ptr + expert * w_stride_e, w_stride_i,

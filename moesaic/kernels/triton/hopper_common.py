@@ -18,6 +18,8 @@ tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 cp_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
+_OLD_NAME = gl.constexpr(hasattr(gl.shared_memory_descriptor, "_reinterpret"))
+
 HALF = gl.constexpr(64)
 """Rows of a tile that one consumer warpgroup multiplies."""
 CHUNK = gl.constexpr(64)
@@ -35,11 +37,21 @@ def swizzle(tile, tiles_m, tiles_n, group_m):
 
 
 @gluon.jit
+def as_chunks(memory, like, COUNT: gl.constexpr):
+    """See COUNT neighbouring [64, 64] chunks, laid out like `like`, in memory of another shape."""
+    if _OLD_NAME:
+        result = memory._reinterpret(memory.dtype, [COUNT, HALF, CHUNK], like.layout)
+    else:
+        result = memory.reinterpret(memory.dtype, [COUNT, HALF, CHUNK], like.layout)
+    return result
+
+
+@gluon.jit
 def sigmoid(x):
     """1 / (1 + exp(-x)) in float32 by the two approximations of the special-function unit."""
     return gl.inline_asm_elementwise(
-        "{ .reg .f32 t; mul.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t; add.f32 t, t, 0f3F800000; "
-        "rcp.approx.ftz.f32 $0, t; }",
+        "{ .reg .f32 t; mul.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t; "
+        "add.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 $0, t; }",
         "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1,
     )  # fmt: skip
 
@@ -127,10 +139,10 @@ def emit(
 
 @gluon.jit
 def give(value, ptr, stride, row, column, valid, columns):
-    """Write a [64, 32] chunk to (row, column) from registers; of its rows the first `valid` are ours.
+    """Write [64, 32] to (row, column) from registers; the first `valid` of its rows are ours.
 
-    Four neighbouring threads exchange what they hold, so that each writes 16 bytes and the four 64:
-    no barrier, and partial tiles are the same code.
+    Four neighbouring threads exchange what they hold, so that each writes 16 bytes and the four
+    64: no barrier, and partial tiles are the same code.
     """
     layout: gl.constexpr = gl.DistributedLinearLayout(
         [[0, 1], [0, 2], [0, 4], [8, 0]],
@@ -151,7 +163,7 @@ def emit_all(
     parts, buffers, desc, ptr, stride, row, column, valid, columns,
     COUNT: gl.constexpr, TRANSPOSED: gl.constexpr = False,
 ):  # fmt: skip
-    """`emit` COUNT chunks side by side (TRANSPOSED: one below the other), each in its own buffer."""
+    """`emit` COUNT chunks side by side (TRANSPOSED: below each other), each in its own buffer."""
     tma.store_wait(0)
     sync()
     for j in gl.static_range(COUNT):
@@ -163,6 +175,9 @@ def emit_all(
     sync()
     for j in gl.static_range(COUNT):
         if TRANSPOSED:
-            leave(buffers.index(j), desc, ptr, stride, row + j * CHUNK, column, valid - j * CHUNK, columns)
+            below = j * CHUNK
+            leave(
+                buffers.index(j), desc, ptr, stride, row + below, column, valid - below, columns
+            )  # fmt: skip
         else:
             leave(buffers.index(j), desc, ptr, stride, row, column + j * CHUNK, valid, columns)

@@ -63,7 +63,9 @@ def _producer(
     tiles = experts * per_expert
     # The first tokens of the next tile are read while this one is loaded; within a tile two steps
     # of them are under way: no copy waits for its row's number.
-    begin, end, m, n = _look(gl.program_id(0), tiles, per_expert, tiles_m, tiles_n, group_m, ends_ptr)
+    begin, end, m, n = _look(
+        gl.program_id(0), tiles, per_expert, tiles_m, tiles_n, group_m, ends_ptr
+    )
     token = _tokens(token_ptr, begin, end, r)
     next_token = _tokens(token_ptr, begin + BK, end, r)
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
@@ -90,9 +92,8 @@ def _producer(
             else:
                 left = M - m * BM
                 cp_async(a_smem.index(2 * stage), where, mask=mine & (c < left)[None, :])
-                cp_async(
-                    a_smem.index(2 * stage + 1), where + HALF, mask=mine & (c < left - HALF)[None, :]
-                )
+                right = mine & (c < left - HALF)[None, :]
+                cp_async(a_smem.index(2 * stage + 1), where + HALF, mask=right)
             async_copy.mbarrier_arrive(bar, increment_count=False)
             it += 1
         begin, end, m, n = after_begin, after_end, after_m, after_n
@@ -112,7 +113,9 @@ def _consumer(
     per_expert = tiles_m * tiles_n
     it = 0
     tiles = experts * per_expert
-    begin, end, m, n = _look(gl.program_id(0), tiles, per_expert, tiles_m, tiles_n, group_m, ends_ptr)
+    begin, end, m, n = _look(
+        gl.program_id(0), tiles, per_expert, tiles_m, tiles_n, group_m, ends_ptr
+    )
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         after_begin, after_end, after_m, after_n = _look(
             tile + gl.num_programs(0), tiles, per_expert, tiles_m, tiles_n, group_m, ends_ptr

@@ -25,6 +25,7 @@ from moesaic.kernels.triton.hopper_common import (
     CHUNK,
     HALF,
     activate,
+    as_chunks,
     chunks,
     cp_async,
     emit,
@@ -137,9 +138,7 @@ def _producer(
                 mbarrier.wait(empty.index(stage), ((it // STAGES) & 1) ^ 1)
                 mbarrier.expect(bar, 4 * HALF * CHUNK * 2)
                 gate = column + j * CHUNK
-                rest = b_smem.index(stage)._reinterpret(
-                    b_smem.dtype, [BN // CHUNK, HALF, CHUNK], a_smem.layout
-                )
+                rest = as_chunks(b_smem.index(stage), a_smem, BN // CHUNK)
                 tma_load(h_desc, [row, gate], bar, a_smem.index(2 * stage))
                 tma_load(h_desc, [row + HALF, gate], bar, a_smem.index(2 * stage + 1))
                 tma_load(h2_desc, [row, gate], bar, rest.index(0))
@@ -233,9 +232,7 @@ def _tile(
             stage = it % STAGES
             mbarrier.wait(full.index(stage), (it // STAGES) & 1)
             if j < COUNT:
-                rest = b_smem.index(stage)._reinterpret(
-                    b_smem.dtype, [BN // CHUNK, HALF, CHUNK], a_smem.layout
-                )
+                rest = as_chunks(b_smem.index(stage), a_smem, BN // CHUNK)
                 gates = halves(a_smem.index(2 * stage + WG).load(narrow))
                 ups = halves(rest.index(WG).load(narrow))
                 das = halves(parts[j])
@@ -316,16 +313,17 @@ def _consumer(
 @gluon.jit
 def rows_kernel(
     a_desc, a_ptr, token_ptr, b_desc, out_ptr, out_desc, out2_ptr, out2_desc, out3_ptr, out3_desc,
-    h_desc, h2_desc, weight_ptr, partial_ptr, tile_expert_ptr, tile_row_ptr, tile_left_ptr, count_ptr,
-    N, K, b_rows, second, out_stride, out3_stride, group_m,
+    h_desc, h2_desc, weight_ptr, partial_ptr, tile_expert_ptr, tile_row_ptr, tile_left_ptr,
+    count_ptr, N, K, b_rows, second, out_stride, out3_stride, group_m,
     EPILOGUE: gl.constexpr, GATHER: gl.constexpr, EVEN_K: gl.constexpr, B_KMAJOR: gl.constexpr,
     KEEP_H: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
-    ACTIVATION: gl.constexpr, PRODUCER_WARPS: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
+    ACTIVATION: gl.constexpr, PRODUCER_WARPS: gl.constexpr, CONSUMER_REGS: gl.constexpr,
+    PRODUCER_REGS: gl.constexpr,
 ):  # fmt: skip
     """One of the four products along rows.
 
     EPILOGUE "plain": out[s] = a[s] @ B. "swiglu": B's tile is a pair of gate and up rows; out, out2
-    take the halves of h (if KEEP_H), out3 takes a = silu(gate) * up. "dact": the product is da; with
+    take the halves of h (if KEEP_H), out3 takes a = act(gate) * up. "dact": the product is da; with
     h read back, out, out2 take the halves of dh, out3 takes weight * a and partial the sums <da, a>
     of each tile. N counts the columns of `out`; `second` is the distance of the up rows from the
     gate rows; `b_rows` the rows of B an expert has.
@@ -363,10 +361,9 @@ def rows_kernel(
                 1, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES, ACTIVATION,
             )),
             (_producer, (
-                a_desc, a_ptr, token_ptr, b_desc, h_desc, h2_desc,
-                tile_expert_ptr, tile_row_ptr,
-                tile_left_ptr, count_ptr, a_smem, b_smem, full, empty, N, K, b_rows, second, group_m,
-                GATHER, EVEN_K, B_KMAJOR, EPILOGUE, BN, BK, STAGES,
+                a_desc, a_ptr, token_ptr, b_desc, h_desc, h2_desc, tile_expert_ptr, tile_row_ptr,
+                tile_left_ptr, count_ptr, a_smem, b_smem, full, empty, N, K, b_rows, second,
+                group_m, GATHER, EVEN_K, B_KMAJOR, EPILOGUE, BN, BK, STAGES,
             )),
         ],
         [4, PRODUCER_WARPS],

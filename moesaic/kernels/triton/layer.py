@@ -29,6 +29,7 @@ from moesaic.kernels.triton.metadata import Routing, count_ints, route
 
 _HOPPER = 9  # compute capability with the instructions of `products`
 _TILE_ROWS = 128  # of the Hopper kernels
+_FEW_TOKENS = 64
 _WIDE_FROM = 64  # rows an expert, from which portable tiles are wide
 
 
@@ -40,26 +41,28 @@ def compute(
     weights_TK: torch.Tensor,
     *,
     activation: Activation,
+    sentinels: bool,
 ) -> torch.Tensor:
     """Compute what `reference.experts` computes; differentiable in all but the ids, once.
 
-    All of x and the weights in one dtype. Ids outside [0, E) are rows of nobody here: they enter no
-    product and add nothing.
+    All of x and the weights in one dtype. With `sentinels`, ids outside [0, E) are rows of nobody
+    here: they enter no product and add nothing.
     """
-    arguments = (x_TD.contiguous(), gate_up_EJD, down_EDI, ids_TK, weights_TK, activation)
+    tensors = (x_TD.contiguous(), gate_up_EJD, down_EDI, ids_TK, weights_TK)
+    keep = torch.is_grad_enabled()
     if torch.compiler.is_compiling():
         out_TD: torch.Tensor = torch.ops.moesaic.fused_experts(
-            *arguments, torch.is_grad_enabled()
+            *tensors, activation, sentinels, keep
         )[0]
-    elif torch.is_grad_enabled() and any(t.requires_grad for t in arguments[:5]):  # type: ignore[union-attr]
-        out_TD = _Layer.apply(*arguments, True)
+    elif keep and any(tensor.requires_grad for tensor in tensors):
+        out_TD = _Layer.apply(*tensors, activation, sentinels, True)
     else:
-        out_TD = _forward(*arguments, False)[0]
+        out_TD = _forward(*tensors, activation, sentinels, False)[0]
     return out_TD
 
 
 def tile_rows(device: torch.device, rows: int, experts: int) -> int:
-    """Rows of a tile on this device for `rows` routed rows: the user's choice, or by their number."""
+    """Rows of a tile for `rows` routed rows on this device, or what the user chose."""
     chosen = options.current().block_m
     if chosen is not None:
         return chosen
@@ -78,23 +81,28 @@ class _Products:
     def __init__(self, routing: Routing, like: torch.Tensor, width: int, activation: Activation):
         self.routing, self.activation = routing, activation
         self._hopper = _hopper(like.device) and routing.tile_rows == _TILE_ROWS
-        self._about = dict(
-            shape=(like.shape[1], width, routing.ends_E.shape[0]),
-            rows=routing.weight_N.shape[0],
-            dtype=like.dtype,
-            device=like.device,
-        )
+        self._about: dict[str, Any] = {
+            "shape": (like.shape[1], width, routing.ends_E.shape[0]),
+            "rows": routing.weight_N.shape[0],
+            "dtype": like.dtype,
+            "device": like.device,
+        }
 
     def up(self, x: torch.Tensor, weight: torch.Tensor, *, keep_h: bool) -> Any:
-        how = dict(keep_h=keep_h, activation=self.activation)
+        how: dict[str, Any] = {"keep_h": keep_h, "activation": self.activation}
         return self._run("up", "up", x, weight, **how)
 
     def down(self, a: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return self._run("down", "rows", a, weight, transposed=True)
 
-    def activation_gradient(self, grad: torch.Tensor, down: torch.Tensor, h: torch.Tensor) -> Any:
+    def activation_gradient(
+        self, grad: torch.Tensor, down: torch.Tensor, h: torch.Tensor, *, clear: bool
+    ) -> Any:
         name = "activation_gradient"
-        return self._run(name, name, grad, down, h, activation=self.activation)
+        how: dict[str, Any] = {"activation": self.activation}
+        if self._hopper:
+            how["clear"] = clear
+        return self._run(name, name, grad, down, h, **how)
 
     def x_gradient(self, dh: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return self._run("x_gradient", "rows", dh, weight, transposed=False)
@@ -114,7 +122,7 @@ class _Products:
         return tune.fastest(
             product,
             lambda launch: run(*tensors, self.routing, launch, **how),
-            **self._about,  # type: ignore[arg-type]
+            **self._about,
         )
 
 
@@ -125,11 +133,12 @@ def _forward(
     ids_TK: torch.Tensor,
     weights_TK: torch.Tensor,
     activation: Activation,
+    sentinels: bool,
     keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return out_TD, and for the backward pass h_NJ and the routing's two tensors."""
     experts, width = gate_up_EJD.shape[0], down_EDI.shape[2]
-    if not keep and decode.takes(ids_TK):
+    if not keep and _few(ids_TK):
         out_TD = decode.decode(
             x_TD, gate_up_EJD, down_EDI, ids_TK, weights_TK, activation=activation
         )
@@ -144,12 +153,20 @@ def _forward(
     return out_TD, x_TD.new_empty(0) if h_NJ is None else h_NJ, routing.ints, routing.weight_N
 
 
+def _few(ids_TK: torch.Tensor) -> bool:
+    return ids_TK.shape[0] <= _FEW_TOKENS and ids_TK.numel() <= decode.MOST_PAIRS
+
+
 def _no_weights(like: torch.Tensor) -> torch.Tensor:
     return like.new_empty(0, dtype=torch.float32)
 
 
 def _backward(
-    grad_TD: torch.Tensor, saved: Sequence[torch.Tensor], needs: Sequence[bool], activation: Activation
+    grad_TD: torch.Tensor,
+    saved: Sequence[torch.Tensor],
+    needs: Sequence[bool],
+    activation: Activation,
+    sentinels: bool,
 ) -> list[torch.Tensor | None]:
     """Return the gradients of x, gate_up, down and the routing weights; None where not `needs`."""
     x_TD, gate_up_EJD, down_EDI, weights_TK, h_NJ, ints, weight_N = saved
@@ -160,7 +177,7 @@ def _backward(
     multiply = _Products(routing, x_TD, width, activation)
     grad_TD = grad_TD.contiguous()
     d_x = d_gate_up = d_down = d_weights = None
-    dh_NJ, wa_NI, partial = multiply.activation_gradient(grad_TD, down_EDI, h_NJ)
+    dh_NJ, wa_NI, partial = multiply.activation_gradient(grad_TD, down_EDI, h_NJ, clear=sentinels)
     if needs_weights:
         d_weights = weight_gradient(partial, routing.inverse_N, torch.empty_like(weights_TK))
     del partial
@@ -193,16 +210,16 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> torch.Tensor:
         out_TD, *kept = _forward(*arguments)
-        x_TD, gate_up_EJD, down_EDI, _, weights_TK, ctx.activation, _ = arguments
+        x_TD, gate_up_EJD, down_EDI, _, weights_TK, *ctx.how, _ = arguments
         ctx.save_for_backward(x_TD, gate_up_EJD, down_EDI, weights_TK, *kept)
         return out_TD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        gradients = _backward(grad_TD, ctx.saved_tensors, _needs(ctx), ctx.activation)
+        gradients = _backward(grad_TD, ctx.saved_tensors, _needs(ctx), *ctx.how)
         d_x, d_gate_up, d_down, d_weights = gradients
-        return d_x, d_gate_up, d_down, None, d_weights, None, None
+        return d_x, d_gate_up, d_down, None, d_weights, None, None, None
 
 
 # Under torch.compile both passes are opaque operators, for the reasons given in `grouped`.
@@ -211,19 +228,20 @@ _forward_op = torch.library.custom_op(
     _forward,
     mutates_args=(),
     schema="(Tensor x, Tensor gate_up, Tensor down, Tensor ids, Tensor weights, str activation, "
-    "bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bool sentinels, bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 
 
 @torch.library.custom_op(
     "moesaic::fused_experts_backward",
     mutates_args=(),
-    schema="(Tensor grad, Tensor[] saved, bool[] needs, str activation) -> Tensor[]",
+    schema="(Tensor grad, Tensor[] saved, bool[] needs, str activation, bool sentinels) "
+    "-> Tensor[]",
 )
 def _backward_op(
-    grad: torch.Tensor, saved: list[torch.Tensor], needs: list[bool], activation: Activation
+    grad: torch.Tensor, saved: list[torch.Tensor], needs: list[bool], *how: Any
 ) -> list[torch.Tensor]:
-    gradients = _backward(grad, saved, needs, activation)
+    gradients = _backward(grad, saved, needs, *how)
     return [grad.new_empty(0) if gradient is None else gradient for gradient in gradients]
 
 
@@ -235,11 +253,17 @@ def _forward_shapes(
     ids: torch.Tensor,
     weights: torch.Tensor,
     activation: str,
+    sentinels: bool,
     keep: bool,
 ) -> tuple[torch.Tensor, ...]:
     rows, experts = ids.numel(), gate_up.shape[0]
-    if not keep and decode.takes(ids):
-        return x.new_empty(x.shape), x.new_empty(0), ids.new_empty(0, dtype=torch.int32), _no_weights(x)
+    if not keep and _few(ids):
+        return (
+            x.new_empty(x.shape),
+            x.new_empty(0),
+            ids.new_empty(0, dtype=torch.int32),
+            _no_weights(x),
+        )
     ints = count_ints(rows, experts, tile_rows(x.device, rows, experts))
     h = x.new_empty(rows, gate_up.shape[1]) if keep else x.new_empty(0)
     weight_N = x.new_empty(rows, dtype=torch.float32)
@@ -248,7 +272,7 @@ def _forward_shapes(
 
 @_backward_op.register_fake
 def _backward_shapes(
-    grad: torch.Tensor, saved: list[torch.Tensor], needs: list[bool], activation: str
+    grad: torch.Tensor, saved: list[torch.Tensor], needs: list[bool], *how: Any
 ) -> list[torch.Tensor]:
     return [
         torch.empty_like(tensor, memory_format=torch.contiguous_format)
@@ -259,7 +283,7 @@ def _backward_shapes(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    x_TD, gate_up_EJD, down_EDI, _, weights_TK, ctx.activation, _ = inputs
+    x_TD, gate_up_EJD, down_EDI, _, weights_TK, *ctx.how, _ = inputs
     ctx.save_for_backward(x_TD, gate_up_EJD, down_EDI, weights_TK, *output[1:])
     ctx.set_materialize_grads(False)
 
@@ -267,12 +291,12 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Te
 def _backward_through_op(ctx: Any, grad_TD: torch.Tensor, *unused: Any) -> tuple[Any, ...]:
     needs = _needs(ctx)
     gradients = torch.ops.moesaic.fused_experts_backward(
-        grad_TD, ctx.saved_tensors, needs, ctx.activation
+        grad_TD, ctx.saved_tensors, needs, *ctx.how
     )
     d_x, d_gate_up, d_down, d_weights = (
         gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)
     )
-    return d_x, d_gate_up, d_down, None, d_weights, None, None
+    return d_x, d_gate_up, d_down, None, d_weights, None, None, None
 
 
 _forward_op.register_autograd(_backward_through_op, setup_context=_save_for_backward)

@@ -52,8 +52,21 @@ class Routing:
         cls, ints: torch.Tensor, weight_N: torch.Tensor, *, experts: int, tile_rows: int
     ) -> Routing:
         """Cut `ints` into its parts."""
-        sizes = _sizes(weight_N.shape[0], experts, tile_rows)
-        return cls(ints, weight_N, *ints.split(sizes), tile_rows)
+        parts: list[torch.Tensor] = list(ints.split(_sizes(weight_N.shape[0], experts, tile_rows)))
+        token_N, inverse_N, expert, row, left, ends_E, totals_E, tiles = parts
+        return cls(
+            ints,
+            weight_N,
+            token_N,
+            inverse_N,
+            expert,
+            row,
+            left,
+            ends_E,
+            totals_E,
+            tiles,
+            tile_rows,
+        )
 
     @property
     def most_tiles(self) -> int:

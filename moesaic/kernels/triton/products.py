@@ -56,8 +56,8 @@ def _programs(device: torch.device, tiles: int, launch: Launch) -> int:
 def _warps(*, gather: bool) -> dict[str, int]:
     """Warps and registers of the partitions; a gathering producer computes addresses."""
     if not gather:
-        return dict(PRODUCER_WARPS=1, CONSUMER_REGS=232, PRODUCER_REGS=40, num_warps=4)
-    return dict(PRODUCER_WARPS=4, CONSUMER_REGS=224, PRODUCER_REGS=56, num_warps=4)
+        return {"PRODUCER_WARPS": 1, "CONSUMER_REGS": 232, "PRODUCER_REGS": 40, "num_warps": 4}
+    return {"PRODUCER_WARPS": 4, "CONSUMER_REGS": 224, "PRODUCER_REGS": 56, "num_warps": 4}
 
 
 def _cut(n: int, by: int) -> int:
@@ -79,7 +79,7 @@ def _rows(
     activation: Activation = "silu",
     **outputs: Any,
 ) -> None:
-    """a [rows, K] times b (3-D, one matrix an expert); `outputs` by the kernel's names."""
+    """Multiply a [rows, K] by b (one matrix an expert); `outputs` have the kernel's names."""
     pair = epilogue == "swiglu"
     width = launch.width // 2 if pair else launch.width
     flat = b.view(-1, b.shape[-1])
@@ -171,10 +171,19 @@ def activation_gradient(
     launch: Launch,
     *,
     activation: Activation = "silu",
+    clear: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return dh, weight * a, and partial sums [N, tiles] of the routing weights' gradient."""
+    """Return dh, weight * a, and partial sums [N, tiles] of the routing weights' gradient.
+
+    `clear`: rows of nobody are zeros; `outer` reads up to 63 rows past an expert's end and
+    multiplies them by zero, which unwritten memory need not survive.
+    """
     width = down_EDI.shape[2]
-    dh_NJ, wa_NI = torch.empty_like(h_NJ), h_NJ.new_empty(h_NJ.shape[0], width)
+    empty = torch.zeros if clear else torch.empty
+    dh_NJ, wa_NI = (
+        empty(h_NJ.shape[0], columns, dtype=h_NJ.dtype, device=h_NJ.device)
+        for columns in (2 * width, width)
+    )
     partial = torch.empty(
         h_NJ.shape[0], _cut(width, launch.width), dtype=torch.float32, device=h_NJ.device
     )

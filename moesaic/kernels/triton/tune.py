@@ -25,9 +25,9 @@ from moesaic.core.files import write_text
 from moesaic.kernels import options
 from moesaic.kernels.triton.products import Launch
 
-_GATHERED = (Launch(256, 4, 8), Launch(256, 4, 2), Launch(256, 4, 32), Launch(256, 3, 8))
-_CONTIGUOUS = (Launch(256, 3, 8), Launch(256, 3, 2), Launch(256, 3, 32))
-_OUTER = (Launch(256, 3, 8), Launch(256, 3, 1), Launch(256, 3, 32))
+_GATHERED = tuple(Launch(256, 4, group_m) for group_m in (8, 2, 32))
+_CONTIGUOUS = tuple(Launch(256, 3, group_m) for group_m in (8, 1, 32))
+_OUTER = tuple(Launch(256, 3, group_m) for group_m in (8, 2, 1, 32))
 CANDIDATES: dict[str, tuple[Launch, ...]] = {
     "up": _GATHERED,
     "down": _CONTIGUOUS,
@@ -117,4 +117,6 @@ def _remember(device: torch.device) -> None:
     rows = _read(path) | _launches(device)  # another process may have written meanwhile
     with contextlib.suppress(OSError):  # a read-only home: measured again next time
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps({key: asdict(launch) for key, launch in rows.items()}, indent=1))
+        write_text(
+            path, json.dumps({key: asdict(launch) for key, launch in rows.items()}, indent=1)
+        )
