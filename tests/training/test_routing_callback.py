@@ -11,8 +11,11 @@ from moesaic.core.errors import UserError
 from moesaic.measure.load import entropy
 from moesaic.routing import caches, metrics
 from moesaic.routing.online import RoutingWatch
+from moesaic.training.config import OptimizerConfig
 from moesaic.training.loop import plan, read_config, train
+from moesaic.training.optimizer import Optimizer
 from moesaic.training.setup import recompute_activations
+from moesaic.training.step import build_pass, run_update
 from moesaic.training.telemetry import read_log_lines
 from tests.training import models
 from tests.training.test_loop import Stop, course, log, stop_after
@@ -132,3 +135,25 @@ def test_what_cannot_be_watched(settings, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             read_config({**settings(models.mixtral), **wrong})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_watched_update_does_not_wait_for_the_device():
+    model = models.llama_moe().cuda().train()
+    optimizer, run_pass = Optimizer(model, OptimizerConfig()), build_pass(model)
+    ids = torch.randint(0, 64, (2, 2, LENGTH), device="cuda")
+    watch = RoutingWatch(model, every=1)
+
+    def update(step):
+        with watch.update(step, length=LENGTH):
+            run_update(run_pass, optimizer, ids)
+
+    update(1)
+    update(2)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        update(3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(watch.lines(wait=True)) == 6
