@@ -86,11 +86,12 @@ def test_products_along_rows_compile_for_hopper(name, activation, tmp_path):
         absent += ("h_desc", "h2_desc", "weight_ptr", "partial_ptr")
     compiled = _compile(rows_kernel, given, constants | dict.fromkeys(absent))
     ptx = compiled.asm["ptx"]
-    assert "wgmma.mma_async" in ptx and "cp.async.bulk.tensor" in ptx
+    assert "wgmma.mma_async" in ptx
+    assert "cp.async.bulk.tensor" in ptx
     assert ("cp.async.cg" in ptx) == gather
     assert compiled.metadata.shared <= 227 * 1024
     # The activation's gradient keeps a few numbers of its outer loop in memory, no product waits.
-    assert _stack(compiled, tmp_path) <= (64 if epilogue == "dact" else 0)
+    assert _stack(compiled, tmp_path) <= (96 if epilogue == "dact" else 0)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -110,7 +111,8 @@ def test_weight_gradients_compile_for_hopper(transposed, tmp_path):
     }  # fmt: skip
     compiled = _compile(outer_kernel, given, constants)
     ptx = compiled.asm["ptx"]
-    assert "wgmma.mma_async" in ptx and "cp.async.cg" in ptx
+    assert "wgmma.mma_async" in ptx
+    assert "cp.async.cg" in ptx
     assert _stack(compiled, tmp_path) == 0
 
 
