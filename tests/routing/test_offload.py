@@ -11,6 +11,7 @@ import moesaic
 from moesaic.core.errors import MoesaicError, UserError
 from moesaic.routing import caches
 from moesaic.routing.policy import PriorityPolicy
+from moesaic.routing.slots import Bank, Lane
 from tests.helpers import GOLDEN
 from tests.kernels.families import FAMILIES, tiny
 
@@ -123,6 +124,49 @@ def test_hits_are_the_simulated_ones(policy, scope, prefetch):
             assert off.requests.sum() == off.hits.sum() == off.loads == 0
             run(model, prompt(1, 1))
             assert off.requests.sum() == 6
+
+
+class LateLane(Lane):
+    """A lane on which nothing arrives before somebody waits for it: the worst that a GPU may do."""
+
+    def __init__(self, device):
+        super().__init__(device)
+        self.travelling = []
+
+    def send(self, to, given, *, after):
+        self.travelling.append(list(zip(to, given, strict=True)))
+        return self.travelling[-1]
+
+    def wait(self, event):
+        while event is not None and any(pairs is event for pairs in self.travelling):
+            for target, source in self.travelling.pop(0):
+                target.copy_(source)
+
+    def finish(self):
+        self.wait(self.travelling[-1] if self.travelling else None)
+
+
+@pytest.mark.parametrize("scope", ["layer", "model"])
+@pytest.mark.parametrize("policy", ["lru", "lfu", "fixed"])
+def test_nothing_is_read_before_it_arrives(policy, scope, monkeypatch):
+    monkeypatch.setattr("moesaic.routing.offload.Lane", LateLane)
+    model = tiny("mixtral", layers=3)
+    usage = np.ones((3, EXPERTS)) if policy == "fixed" else None
+    with moesaic.offload(model, cache=1.5, policy=policy, scope=scope, usage=usage) as off:
+        found = [run(model, prompt(1 + seed % 3, 1 + 40 * (seed % 2), seed)) for seed in range(24)]
+        assert off.used_guesses > 0
+    for seed, logits in enumerate(found):
+        expected = run(model, prompt(1 + seed % 3, 1 + 40 * (seed % 2), seed))
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_reading_too_early_would_show(monkeypatch):
+    monkeypatch.setattr("moesaic.routing.offload.Lane", LateLane)
+    monkeypatch.setattr(Bank, "settle", lambda *_: None)
+    model = tiny("mixtral", layers=3)
+    with moesaic.offload(model, cache=1.5):
+        found = run(model, prompt())
+    assert not torch.allclose(found, run(model, prompt()))
 
 
 def test_slots():
