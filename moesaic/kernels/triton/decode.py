@@ -135,8 +135,8 @@ def decode(
         "OVERLAP": overlap,
     }
     _up[(triton.cdiv(2 * width, up.columns), slots)](
-        x_TD, ids_TK, gate_up_EJD, *gate_up_EJD.stride(), a_NI, pairs, experts, width, hidden,
-        TOP_K=top_k, ACTIVATION=activation, BN=up.columns, BK=up.depth, **common,
+        x_TD, ids_TK, gate_up_EJD, *gate_up_EJD.stride(), a_NI, pairs, experts, top_k,
+        width, hidden, ACTIVATION=activation, BN=up.columns, BK=up.depth, **common,
         num_warps=up.warps, num_stages=up.stages,
     )  # fmt: skip
     _down[(triton.cdiv(hidden, down.columns), slots)](
@@ -153,41 +153,39 @@ def decode(
 
 @triton.jit
 def _mine(ids_ptr, pairs, experts, BY_EXPERT: tl.constexpr, PAIRS: tl.constexpr):
-    """A program's expert, its pairs [PAIRS] as PAIRS * rank + pair, else negative, and their count.
+    """A program's expert, and how many pairs are its own.
 
     With more pairs than experts, a program's slot is its expert. Else it is a pair, and the first
-    pair of an expert works for all of them: the others have no pairs.
+    pair of an expert works for all of them: the others have none of their own.
     """
     slot = tl.program_id(1)
     pair = tl.arange(0, PAIRS)
     ids = tl.load(ids_ptr + pair, mask=pair < pairs, other=-1).to(tl.int32)
     if BY_EXPERT:
         expert = slot
-        own = (ids == expert).to(tl.int32)
-        count = tl.sum(own, 0)
+        count = tl.sum((ids == expert).to(tl.int32), 0)
     else:
         expert = tl.load(ids_ptr + slot).to(tl.int32)
         own = (ids == expert).to(tl.int32)
         earlier = tl.sum(tl.where(pair < slot, own, 0), 0)
         works = (earlier == 0) & (expert >= 0) & (expert < experts)
         count = tl.where(works, tl.sum(own, 0), 0)
-    # One number for both: it goes from every thread to every other.
-    ranked = tl.where(own == 1, (tl.cumsum(own, 0) - 1) * PAIRS + pair, -1)
-    return expert.to(tl.int64), ranked, count
+    return expert, count
 
 
 @triton.jit
-def _pairs_of(ranked, first, BM: tl.constexpr, PAIRS: tl.constexpr, LENGTH: tl.constexpr):
-    """Pairs [BM] of ranks from `first` on, found among LENGTH ranked ones; 0 past the last."""
-    if LENGTH * BM > 2048:  # half by half, for the sake of registers
-        even, odd = tl.split(tl.reshape(ranked, (LENGTH // 2, 2)))
-        pair = _pairs_of(even, first, BM, PAIRS, LENGTH // 2)
-        pair += _pairs_of(odd, first, BM, PAIRS, LENGTH // 2)
-    else:
-        start = ((first + tl.arange(0, BM)) * PAIRS)[:, None]
-        each = ranked[None, :] - start
-        pair = tl.sum(tl.where((each >= 0) & (each < PAIRS), each, 0), 1)
-    return pair
+def _pairs_of(ids_ptr, pairs, expert, first, BM: tl.constexpr, PAIRS: tl.constexpr):
+    """An expert's pairs [BM] from its pair number `first` on; 0 past the last.
+
+    The ids are read again: what is kept from before takes registers while the weights stream.
+    """
+    pair = tl.arange(0, PAIRS)
+    ids = tl.load(ids_ptr + pair, mask=pair < pairs, other=-1).to(tl.int32)
+    own = (ids == expert).to(tl.int32)
+    # Rank and pair in one number, since it goes from every thread to every other.
+    ranked = tl.where(own == 1, (tl.cumsum(own, 0) - 1 - first) * PAIRS + pair, -1)
+    each = ranked[None, :] - (tl.arange(0, BM) * PAIRS)[:, None]
+    return tl.sum(tl.where((each >= 0) & (each < PAIRS), each, 0), 1)
 
 
 @triton.jit
@@ -211,25 +209,25 @@ def _product(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "experts", "top_k"])
 def _up(
-    x_ptr, ids_ptr, w_ptr, w_stride_e, w_stride_j, w_stride_d, a_ptr, pairs, experts, width, hidden,
-    TOP_K: tl.constexpr, ACTIVATION: tl.constexpr, BY_EXPERT: tl.constexpr, PAIRS: tl.constexpr,
+    x_ptr, ids_ptr, w_ptr, w_stride_e, w_stride_j, w_stride_d, a_ptr, pairs, experts, top_k,
+    width, hidden, ACTIVATION: tl.constexpr, BY_EXPERT: tl.constexpr, PAIRS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """a[pair] = act(gate) * up; columns alternate between gate and up, as in `portable`."""
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
-    expert, ranked, count = _mine(ids_ptr, pairs, experts, BY_EXPERT, PAIRS)
+    expert, count = _mine(ids_ptr, pairs, experts, BY_EXPERT, PAIRS)
     column = tl.program_id(0) * BN + tl.arange(0, BN)
     offset = (column // 2 + (column % 2) * width).to(tl.int64) * w_stride_j
     at = tl.program_id(0) * (BN // 2) + tl.arange(0, BN // 2)
     for first in range(0, count, BM):
-        pair = _pairs_of(ranked, first, BM, PAIRS, PAIRS)
+        pair = _pairs_of(ids_ptr, pairs, expert, first, BM, PAIRS)
         valid = first + tl.arange(0, BM) < count
         total = _product(
-            x_ptr + (pair // TOP_K) * hidden, valid, w_ptr + expert * w_stride_e, w_stride_d,
-            column, offset, 2 * width, hidden, BM, BN, BK,
+            x_ptr + (pair // top_k) * hidden, valid,
+            w_ptr + expert.to(tl.int64) * w_stride_e, w_stride_d, column, offset, 2 * width, hidden, BM, BN, BK,
         )  # fmt: skip
         dtype = a_ptr.dtype.element_ty
         gate, up_ = tl.split(tl.reshape(total, (BM, BN // 2, 2)))
@@ -240,7 +238,7 @@ def _up(
         tl.store(where, (act * up_).to(dtype), mask=valid[:, None] & (at < width)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "experts"])
 def _down(
     a_ptr, ids_ptr, w_ptr, w_stride_e, w_stride_d, w_stride_i, y_ptr, pairs, experts, hidden, width,
     BY_EXPERT: tl.constexpr, PAIRS: tl.constexpr,
@@ -249,22 +247,22 @@ def _down(
     """y[pair] = down(a[pair]), without the routing weight."""
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
-    expert, ranked, count = _mine(ids_ptr, pairs, experts, BY_EXPERT, PAIRS)
+    expert, count = _mine(ids_ptr, pairs, experts, BY_EXPERT, PAIRS)
     column = tl.program_id(0) * BN + tl.arange(0, BN)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()  # every program: the next kernel takes our end for that of `_up`
     for first in range(0, count, BM):
-        pair = _pairs_of(ranked, first, BM, PAIRS, PAIRS)
+        pair = _pairs_of(ids_ptr, pairs, expert, first, BM, PAIRS)
         valid = first + tl.arange(0, BM) < count
         total = _product(
-            a_ptr + pair * width, valid, w_ptr + expert * w_stride_e, w_stride_i,
+            a_ptr + pair * width, valid, w_ptr + expert.to(tl.int64) * w_stride_e, w_stride_i,
             column, column.to(tl.int64) * w_stride_d, hidden, width, BM, BN, BK,
         )  # fmt: skip
         where = y_ptr + pair[:, None] * hidden + column[None, :]
         tl.store(where, total, mask=valid[:, None] & (column < hidden)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["experts"])
 def _weigh(
     y_ptr, ids_ptr, weights_ptr, out_ptr, experts, hidden,
     TOP_K: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
