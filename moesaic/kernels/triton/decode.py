@@ -227,11 +227,12 @@ def _up(
         valid = first + tl.arange(0, BM) < count
         total = _product(
             x_ptr + (pair // top_k) * hidden, valid,
-            w_ptr + expert.to(tl.int64) * w_stride_e, w_stride_d, column, offset, 2 * width, hidden, BM, BN, BK,
+            w_ptr + expert.to(tl.int64) * w_stride_e, w_stride_d, column, offset, 2 * width, hidden,
+            BM, BN, BK,
         )  # fmt: skip
         dtype = a_ptr.dtype.element_ty
         gate, up_ = tl.split(tl.reshape(total, (BM, BN // 2, 2)))
-        # Rounded as h is elsewhere: a token gets the same bits, whatever the path.
+        # Rounded, as the layer for many tokens does.
         gate, up_ = gate.to(dtype).to(tl.float32), up_.to(dtype).to(tl.float32)
         act, _ = activate(gate, ACTIVATION)
         where = a_ptr + pair[:, None] * width + at[None, :]
