@@ -68,11 +68,12 @@ def measure(off: Offload, input_ids: torch.Tensor, *, new_tokens: int) -> Measur
         requests, hits = int(off.requests.sum()), int(off.hits.sum())
         seconds = _steps(off, cache, new_tokens)
         requests, hits = int(off.requests.sum()) - requests, int(off.hits.sum()) - hits
-        off._idle = True
+        assert off._runner is not None
+        off._runner.idle = True
         try:
             compute = _steps(off, _read(off, input_ids), new_tokens) / new_tokens
         finally:
-            off._idle = False
+            off._runner.idle = False
         bandwidth = _bandwidth(off)
     misses = (requests - hits) / new_tokens
     step = predict(
