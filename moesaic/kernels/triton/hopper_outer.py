@@ -150,7 +150,7 @@ def _consumer(
     tma.store_wait(0)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["group_m", "experts"])
 def outer_kernel(
     a_desc, a_ptr, token_ptr, b_desc, ends_ptr, out_desc, out_ptr, experts, M, N,
     group_m, EVEN_M: gl.constexpr, TRANSPOSED: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,

@@ -310,7 +310,7 @@ def _consumer(
         tma.store_wait(0)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["group_m"])
 def rows_kernel(
     a_desc, a_ptr, token_ptr, b_desc, out_ptr, out_desc, out2_ptr, out2_desc, out3_ptr, out3_desc,
     h_desc, h2_desc, weight_ptr, partial_ptr, tile_expert_ptr, tile_row_ptr, tile_left_ptr,

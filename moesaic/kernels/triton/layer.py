@@ -48,7 +48,7 @@ def compute(
     All of x and the weights in one dtype. With `sentinels`, ids outside [0, E) are rows of nobody
     here: they enter no product and add nothing.
     """
-    tensors = (x_TD.contiguous(), gate_up_EJD, down_EDI, ids_TK, weights_TK)
+    tensors = (x_TD.contiguous(), gate_up_EJD, down_EDI, ids_TK, weights_TK.contiguous())
     keep = torch.is_grad_enabled()
     if torch.compiler.is_compiling():
         out_TD: torch.Tensor = torch.ops.moesaic.fused_experts(
