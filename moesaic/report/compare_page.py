@@ -48,6 +48,7 @@ def draw_comparison(
     if comparison["notes"]:
         section.text("\n\n".join(comparison["notes"]))
     section.table(differences_table(comparison))
+    section.table(likeness_table(comparison))
     if (domains := domains_table(comparison)).rows:
         section.table(domains)
     for title, names in (
@@ -64,36 +65,65 @@ def draw_comparison(
 
 
 def differences_table(comparison: Mapping[str, Any]) -> Table:
-    """SRP and rho of every model and segment length, against the base."""
+    """SRP and rho of every segment length and model, against the base."""
+    changes = {row["name"]: row["srp"] for row in comparison["differences"]}
+    rows = []
+    for m in map(str, comparison["segments"]):
+        for model in comparison["models"]:
+            own = model["srp"][m]
+            change = changes.get(model["name"], {}).get(m, {})
+            row: dict[str, Any] = {"m": int(m), "name": model["name"], "rho": own["rho"]}
+            row["srp"] = None if own["srp"] is None else 100 * own["srp"]
+            if change.get("relative") is not None:
+                row["change"] = 100 * change["relative"]
+                row["rho change"] = change["rho"]
+            if change.get("distinct") is not None:
+                row["distinct"] = "apart" if change["distinct"] else "overlap"
+            rows.append(row)
+    columns = [
+        Column("m", "segment", "integer"),
+        Column("name", "model"),
+        Column("srp", "SRP, %", "fixed", 2),
+        Column("change", "change, %", "signed", 2),
+        Column("distinct", "intervals"),
+        Column("rho", "rho", "fixed", 2),
+        Column("rho change", "change of rho", "signed", 2),
+    ]
+    return Table(columns, rows, f"Changes are those from {comparison['base']}, SRP relative to it.")
+
+
+def likeness_table(comparison: Mapping[str, Any]) -> Table:
+    """Loss, hit rates and load of every model, and how alike its experts are to the base's."""
     changes = {row["name"]: row for row in comparison["differences"]}
     rows = []
     for model in comparison["models"]:
         change = changes.get(model["name"], {})
-        row: dict[str, Any] = {"name": model["name"], "loss": model["loss"]}
-        for m in map(str, comparison["segments"]):
-            srp = model["srp"][m]["srp"]
-            row[f"srp{m}"] = None if srp is None else 100 * srp
-            row[f"rho{m}"] = model["srp"][m]["rho"]
-            relative = change.get("srp", {}).get(m, {}).get("relative")
-            row[f"change{m}"] = None if relative is None else 100 * relative
         same = (change.get("same_choices") or {}).get("mean")
-        row["same"] = None if same is None else 100 * same
-        row["experts"] = (change.get("experts") or {}).get("load")
-        rows.append(row)
-    columns = [Column("name", "model")]
-    for m in comparison["segments"]:
-        columns += [
-            Column(f"srp{m}", f"SRP, % ({m})", "fixed", 2),
-            Column(f"change{m}", "change, %", "signed", 2),
-            Column(f"rho{m}", "rho", "fixed", 2),
-        ]
-    columns += [
+        lru = model["hit_rates"]["lru"].get("2")
+        rows.append(
+            {
+                "name": model["name"],
+                "loss": model["loss"],
+                "lru": None if lru is None else 100 * lru,
+                "cv": model["load"]["cv"],
+                "local": model["load"]["local_cv"],
+                "load": (change.get("experts") or {}).get("load"),
+                "srp": (change.get("experts") or {}).get("srp"),
+                "same": None if same is None else 100 * same,
+            }
+        )
+    columns = [
+        Column("name", "model"),
         Column("loss", "loss", "fixed", 3),
-        Column("experts", "load alike", "fixed", 3, note="correlation with the base's experts"),
+        Column("lru", "LRU, %", "fixed", 1, note="one cache of 2 x the active experts"),
+        Column("cv", "load", "fixed", 3, note="deviation / mean over the experts"),
+        Column("local", "load inside samples", "fixed", 3),
+        Column("load", "load alike", "fixed", 3, note="correlation with the base's experts"),
+        Column("srp", "SRP alike", "fixed", 3),
         Column("same", "same choices, %", "fixed", 1, note="of the same tokens"),
     ]
-    kept = [column for column in columns if any(row.get(column.key) is not None for row in rows)]
-    return Table(kept, rows, f"Changes are relative to {comparison['base']}.")
+    kept = [column for column in columns if any(row[column.key] is not None for row in rows)]
+    return Table(kept, rows, "Loss, caches and load.")
 
 
 def domains_table(comparison: Mapping[str, Any]) -> Table:

@@ -61,6 +61,7 @@ def analyze(
     case_tokens: int = 256,
     seed: int = 0,
     tokenizer: Any = None,
+    report: bool = True,
     overwrite: bool = False,
 ) -> Analysis:
     """Measure everything about a trace and write it, with figures and a page, to `out`.
@@ -69,7 +70,8 @@ def analyze(
     replicates of the intervals, 0 for none; `intervals` the finest level of SRP that gets them.
     `cache_samples` lets cache simulations take only so many samples of each domain. Words with
     fewer than `min_count` occurrences are left out. `tokenizer`, or where one lies, turns ids into
-    words; by default that of the recorded model. Memory: see `moesaic.routing.study`.
+    words; by default that of the recorded model. `report=False` leaves figures and page out;
+    `moesaic route report` draws them later. Memory: see `moesaic.routing.study`.
 
     An unfinished analysis in `out` by the same call is continued, a finished one returned as it is.
 
@@ -116,6 +118,7 @@ def analyze(
             trace.encoder,
             out=directory / ENCODER,
             tokenizer=words,
+            report=report,
             overwrite=overwrite,
             **_arguments(settings),
         )
@@ -123,7 +126,8 @@ def analyze(
     metrics["seconds"] = round(time.monotonic() - began, 1)
     write_text(directory / "metrics.json", json.dumps(metrics, indent=1, allow_nan=False) + "\n")
     analysis = Analysis(directory)
-    draw(analysis)
+    if report:
+        draw(analysis)
     write_lineage(
         directory, step="route analyze", parent=trace.directory, config=plan, seed=settings.seed
     )
@@ -179,16 +183,13 @@ def _read(study: Study, work: Path) -> None:
     if state.is_file():
         study.restore(state)
         note(f"going on in domain {study.domain + 1} of {len(study.domains)}.")
-    lengths = study.borders.lengths
-    left = int(sum(lengths[study.borders.of(d)].sum() for d in study.domains[study.domain :]))
+    left = sum(len(study.borders.of(d)) for d in study.domains[study.domain :]) - study.done
     saved = time.monotonic()
     with progress("analyzing", left) as bar:
         while study.domain < len(study.domains):
-            rows = study.borders.of(study.number)
-            bar.advance(int(lengths[rows[: study.done]].sum()))
             for done, samples in blocks(study.trace, study.borders, study.number, first=study.done):
                 study.update(samples, done)
-                bar.advance(int(samples.lengths_N.sum()))
+                bar.advance(len(samples))
                 if time.monotonic() - saved > SAVE_SECONDS:
                     study.save(state)
                     saved = time.monotonic()

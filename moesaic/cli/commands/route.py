@@ -126,6 +126,7 @@ def analyze(
     tokenizer: Annotated[
         Path | None, typer.Option(help="Take the tokenizer of another directory for words.")
     ] = None,
+    report: Annotated[bool, typer.Option(help="Draw figures and report.html.")] = True,
     seed: SeedOption = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace an analysis with others.")] = False,
     json: JsonOption = False,
@@ -150,6 +151,7 @@ def analyze(
         min_count=min_count,
         case_tokens=case_tokens,
         tokenizer=tokenizer,
+        report=report,
         seed=seed,
         overwrite=overwrite,
     )
@@ -159,13 +161,14 @@ def analyze(
         from moesaic.report.routing_text import overview
 
         print(overview(analysis))
-        print(f"report       {analysis.directory / 'report.html'}")
+        if report:
+            print(f"report       {analysis.directory / 'report.html'}")
 
     emit(result, json=json, render=show, path=analysis.directory)
 
 
-@app.command()
-def report(
+@app.command("report")
+def redraw(
     analysis: Annotated[Path, typer.Argument(help="What `moesaic route analyze` wrote.")],
     json: JsonOption = False,
 ) -> None:
@@ -206,9 +209,11 @@ def compare(
     found = json_module.loads((path / "comparison.json").read_text(encoding="utf-8"))
 
     def show() -> None:
-        from moesaic.report.compare_page import differences_table
+        from moesaic.report.compare_page import differences_table, likeness_table
 
         print(differences_table(found).text())
+        print()
+        print(likeness_table(found).text())
         for note in found["notes"]:
             print(f"note         {note}")
         print(f"report       {path / 'report.html'}")
