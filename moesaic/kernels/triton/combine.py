@@ -17,7 +17,11 @@ def combine(
     *,
     weights_TK: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Fill out_TD with the sum over k of (weight *) y[inverse]; rows of nobody count as zero."""
+    """Fill out_TD with the sum over k of (weight *) y[inverse]; rows of nobody count as zero.
+
+    All tensors are contiguous.
+    """
+    assert all(t is None or t.is_contiguous() for t in (y_ND, out_TD, weights_TK))
     tokens, hidden = out_TD.shape
     if tokens == 0:
         return out_TD
@@ -33,7 +37,12 @@ def combine(
 def weight_gradient(
     partial_NP: torch.Tensor, inverse_N: torch.Tensor, out_TK: torch.Tensor
 ) -> torch.Tensor:
-    """Fill out_TK with the sum of each row's partial sums; rows of nobody get zero."""
+    """Fill out_TK with the sum of each row's partial sums; rows of nobody get zero.
+
+    All tensors are contiguous.
+    """
+    assert partial_NP.is_contiguous()
+    assert out_TK.is_contiguous()
     rows, parts = partial_NP.shape
     if rows == 0:
         return out_TK
