@@ -96,6 +96,7 @@ def _page(analysis: Analysis, figures: dict[str, Figure]) -> Page:
     section = page.section("Expert caches")
     show(section, "hits-policies", "policies-models", "sch-models", "sch-layers", "hits-domains")
     section.table(_hits_table(analysis))
+    section.table(_relations_table(analysis))
     section = page.section("Load")
     show(section, "load", "balance", "coactivation")
     if len(analysis.domains) > 1:
@@ -257,6 +258,31 @@ def _hits_table(analysis: Analysis) -> Table:
         ],
         rows,
         "Hit rates in % by cache size over the active experts, mean over layers and domains.",
+    )
+
+
+def _relations_table(analysis: Analysis) -> Table:
+    """How SRP, SCH and real policies go together over domains and layers."""
+    known = analysis.metrics["correlations"]
+    rows = []
+    for m in map(str, analysis.segments):
+        row: dict[str, Any] = {"m": int(m)}
+        row |= {f"srp {ratio}": value for ratio, value in known["srp_with_sch"][m].items()}
+        row |= known["sch_with_policy"][m]
+        share = analysis.metrics["share_of_belady"].get(f"sch-{m}", {})
+        row["share"] = _percent(share.get("2"))
+        rows.append(row)
+    ratios = [key.removeprefix("srp ") for key in rows[0] if key.startswith("srp ")]
+    return Table(
+        [
+            Column("m", "tokens", "integer"),
+            *(Column(f"srp {ratio}", f"SRP, {ratio} x", "fixed", 2) for ratio in ratios),
+            *(Column(p, policy_name(p), "fixed", 2) for p in ("lru", "lfu", "belady", "fixed")),
+            Column("share", "of Belady, %", "fixed", 1, note="SCH in one cache for the model, 2 x"),
+        ],
+        rows,
+        "Correlation of SCH with SRP by cache size, and with other policies at twice the active "
+        "experts, over the layers of all domains.",
     )
 
 
