@@ -187,12 +187,12 @@ KERNELS = {  # pointers, constants, most columns, stages more than the tile's
 
 
 @compiled
-@pytest.mark.parametrize("tile_rows", [16, 64, 128])
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize(
+    ("name", "tile_rows"),
+    [(n, r) for n in KERNELS for r in (16, 64, 128) if r == 128 or "outer" not in n],
+)
 def test_compiles_for_hopper_without_spills(name, tile_rows, tmp_path):
     pointers, constants, columns, more = KERNELS[name]
-    if name.startswith("_outer") and tile_rows != 128:
-        pytest.skip("its tiles have 128 rows")
     shared = 227 * 1024
     tile = portable.tile_for(tile_rows, columns, 2048, itemsize=2, shared=shared)
     result = compile_for_hopper(
