@@ -60,7 +60,8 @@ def test_products_along_rows_compile_for_hopper(name, activation, tmp_path):
     if activation != "silu" and name in ("down", "dx"):
         pytest.skip("no activation")
     epilogue, gather, k_major, stages = ROWS[name]
-    warps = {key: value for key, value in _warps(gather=gather).items() if key != "num_warps"}
+    names = ("PRODUCER_WARPS", "CONSUMER_REGS", "PRODUCER_REGS")
+    warps = dict(zip(names, _warps(gather=gather), strict=True))
     width = 128 if epilogue == "swiglu" else 256
     given = {
         "a_desc": _descriptor(64, 64),
@@ -82,6 +83,8 @@ def test_products_along_rows_compile_for_hopper(name, activation, tmp_path):
         absent = ("out2_desc", "out2_ptr", "out3_desc", "out3_ptr")
     else:
         absent = ("out_desc", "out2_desc", "out3_desc") if epilogue == "dact" else ()
+    if gather:
+        absent += ("a_desc",)
     if epilogue != "dact":
         absent += ("h_desc", "h2_desc", "weight_ptr", "partial_ptr")
     compiled = _compile(rows_kernel, given, constants | dict.fromkeys(absent))
@@ -99,9 +102,10 @@ def test_weight_gradients_compile_for_hopper(transposed, tmp_path):
     from moesaic.kernels.triton.hopper_outer import outer_kernel
     from moesaic.kernels.triton.products import _warps
 
-    warps = {key: value for key, value in _warps(gather=True).items() if key != "num_warps"}
+    names = ("PRODUCER_WARPS", "CONSUMER_REGS", "PRODUCER_REGS")
+    warps = dict(zip(names, _warps(gather=True), strict=True))
     given = {
-        "a_desc": _descriptor(64, 64), "b_desc": _descriptor(64, 256),
+        "b_desc": _descriptor(64, 256),
         "out_desc": _descriptor(64, 64), "a_ptr": BF16, "out_ptr": BF16, "token_ptr": I32,
         "ends_ptr": I32, **dict.fromkeys(("experts", "M", "N", "group_m"), "i32"),
     }  # fmt: skip

@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from moesaic.kernels.triton.launch import Launcher
+
 
 def combine(
     y_ND: torch.Tensor,
@@ -27,9 +29,10 @@ def combine(
         return out_TD
     top_k = inverse_N.shape[0] // tokens
     block = min(triton.next_power_of_2(hidden), 1024)
-    _combine[(tokens, triton.cdiv(hidden, block))](
-        y_ND, inverse_N, weights_TK, out_TD, hidden,
-        TOP_K=top_k, BLOCK=block, WEIGHTED=weights_TK is not None, num_warps=max(1, block // 256),
+    _start_combine(
+        (tokens, triton.cdiv(hidden, block)),
+        y_ND, inverse_N, weights_TK, out_TD, hidden, top_k, block, weights_TK is not None,
+        num_warps=max(1, block // 256),
     )  # fmt: skip
     return out_TD
 
@@ -46,9 +49,10 @@ def weight_gradient(
     rows, parts = partial_NP.shape
     if rows == 0:
         return out_TK
-    _weight_gradient[(triton.cdiv(rows, 64),)](
-        partial_NP, inverse_N, out_TK, rows, parts, PARTS=triton.next_power_of_2(parts), BLOCK=64
-    )
+    _start_weight_gradient(
+        (triton.cdiv(rows, 64),),
+        partial_NP, inverse_N, out_TK, rows, parts, triton.next_power_of_2(parts), 64,
+    )  # fmt: skip
     return out_TK
 
 
@@ -83,3 +87,6 @@ def _weight_gradient(
     mask = (source >= 0)[:, None] & (part < parts)[None, :]
     value = tl.load(partial_ptr + source[:, None] * parts + part[None, :], mask=mask, other=0.0)
     tl.store(out_ptr + row, tl.sum(value, 1).to(out_ptr.dtype.element_ty), mask=row < rows)
+
+
+_start_combine, _start_weight_gradient = Launcher(_combine), Launcher(_weight_gradient)

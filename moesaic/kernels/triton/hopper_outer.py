@@ -152,7 +152,7 @@ def _consumer(
 
 @gluon.jit(do_not_specialize=["group_m", "experts"])
 def outer_kernel(
-    a_desc, a_ptr, token_ptr, b_desc, ends_ptr, out_desc, out_ptr, experts, M, N,
+    a_ptr, token_ptr, b_desc, ends_ptr, out_desc, out_ptr, experts, M, N,
     group_m, EVEN_M: gl.constexpr, TRANSPOSED: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
     BK: gl.constexpr, STAGES: gl.constexpr,
     PRODUCER_WARPS: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
@@ -162,7 +162,7 @@ def outer_kernel(
     out is [E * M, N], or [E * N, M] if TRANSPOSED.
     """
     dtype: gl.constexpr = out_ptr.dtype.element_ty
-    a_smem = gl.allocate_shared_memory(dtype, [2 * STAGES, BK, HALF], a_desc.layout)
+    a_smem = gl.allocate_shared_memory(dtype, [2 * STAGES, BK, HALF], b_desc.layout)
     b_smem = gl.allocate_shared_memory(dtype, [STAGES, BK, BN], b_desc.layout)
     buffers0 = gl.allocate_shared_memory(dtype, [BN // CHUNK, HALF, CHUNK], out_desc.layout)
     buffers1 = gl.allocate_shared_memory(dtype, [BN // CHUNK, HALF, CHUNK], out_desc.layout)

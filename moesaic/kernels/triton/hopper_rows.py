@@ -330,14 +330,15 @@ def rows_kernel(
     """
     PAIR: gl.constexpr = EPILOGUE == "swiglu"
     dtype: gl.constexpr = a_ptr.dtype.element_ty
-    a_smem = gl.allocate_shared_memory(dtype, [2 * STAGES, HALF, BK], a_desc.layout)
+    swizzled: gl.constexpr = b_desc.layout
+    a_smem = gl.allocate_shared_memory(dtype, [2 * STAGES, HALF, BK], swizzled)
     if B_KMAJOR:
-        b_smem = gl.allocate_shared_memory(dtype, [STAGES, BN, BK], b_desc.layout)
+        b_smem = gl.allocate_shared_memory(dtype, [STAGES, BN, BK], swizzled)
     else:
-        b_smem = gl.allocate_shared_memory(dtype, [STAGES, BK, BN], b_desc.layout)
+        b_smem = gl.allocate_shared_memory(dtype, [STAGES, BK, BN], swizzled)
     BUFFERS: gl.constexpr = 2 if PAIR else (1 if EPILOGUE == "dact" else BN // CHUNK)
-    buffers0 = gl.allocate_shared_memory(dtype, [BUFFERS, HALF, CHUNK], a_desc.layout)
-    buffers1 = gl.allocate_shared_memory(dtype, [BUFFERS, HALF, CHUNK], a_desc.layout)
+    buffers0 = gl.allocate_shared_memory(dtype, [BUFFERS, HALF, CHUNK], swizzled)
+    buffers1 = gl.allocate_shared_memory(dtype, [BUFFERS, HALF, CHUNK], swizzled)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     # Every gathering thread arrives when its copies have, and tensor memory counts for one.

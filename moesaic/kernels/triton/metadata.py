@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from moesaic.kernels.triton.launch import Launcher
+
 BLOCK = 256
 """Routed rows that one program counts and places."""
 _CHUNK = 32
@@ -96,13 +98,14 @@ def route(
     weight_N = torch.empty(rows, dtype=torch.float32, device=device)
     routing = Routing.of(ints, weight_N, experts=experts, tile_rows=tile_rows)
     counts = torch.empty(blocks, experts, dtype=torch.int32, device=device)
-    _count[(blocks,)](ids_TK, counts, rows, experts, BINS=bins, BLOCK=BLOCK)
-    _scan[(experts,)](counts, routing.totals_E, blocks, experts, SCAN=_SCAN)
-    _place[(blocks + experts,)](
+    _start_count((blocks,), ids_TK, counts, rows, experts, bins, BLOCK)
+    _start_scan((experts,), counts, routing.totals_E, blocks, experts, _SCAN)
+    _start_place(
+        (blocks + experts,),
         ids_TK, weights_TK, counts, routing.totals_E, routing.token_N, weight_N,
         routing.inverse_N, routing.ends_E, routing.tile_expert, routing.tile_row,
         routing.tile_left, routing.tiles, rows, experts, blocks,
-        TOP_K=ids_TK.shape[1], BINS=bins, BLOCK=BLOCK, CHUNK=_CHUNK, TILE=tile_rows,
+        ids_TK.shape[1], bins, BLOCK, _CHUNK, tile_rows,
     )  # fmt: skip
     return routing
 
@@ -180,3 +183,6 @@ def _place(
                 tl.store(tile_left_ptr, 1)
                 if rows > 0:
                     tl.store(token_ptr, 0)
+
+
+_start_count, _start_scan, _start_place = (Launcher(k) for k in (_count, _scan, _place))

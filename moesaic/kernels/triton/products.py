@@ -6,7 +6,7 @@ are made on the host; everything that depends on the routing is read on the devi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any
 
@@ -17,11 +17,16 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from moesaic.kernels.reference import Activation
 from moesaic.kernels.triton.hopper_outer import outer_kernel
 from moesaic.kernels.triton.hopper_rows import rows_kernel
+from moesaic.kernels.triton.launch import Launcher
 from moesaic.kernels.triton.metadata import Routing
 
 BK = 64
 TILE_ROWS = 128
 _SWIZZLED = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+
+
+_ROUNDS = any(field.name == "round_f32_to_tf32" for field in fields(TensorDescriptor))
+_start_rows, _start_outer = Launcher(rows_kernel), Launcher(outer_kernel)
 
 
 @dataclass(frozen=True)
@@ -39,9 +44,17 @@ class Launch:
 
 
 def _descriptor(tensor: torch.Tensor, *block: int) -> TensorDescriptor:
-    return TensorDescriptor(
-        tensor, list(tensor.shape), list(tensor.stride()), list(block), _SWIZZLED
-    )
+    """Describe a matrix for tensor-memory copies of `block`; its checks are `why_not`'s."""
+    descriptor = object.__new__(TensorDescriptor)
+    descriptor.base = tensor
+    descriptor.shape = list(tensor.shape)
+    descriptor.strides = list(tensor.stride())
+    descriptor.block_shape = list(block)
+    descriptor.layout = _SWIZZLED
+    descriptor.padding = "zero"
+    if _ROUNDS:
+        descriptor.round_f32_to_tf32 = False
+    return descriptor
 
 
 @cache
@@ -53,11 +66,12 @@ def _programs(device: torch.device, tiles: int, launch: Launch) -> int:
     return max(1, min(tiles, _processors(device)) if launch.persistent else tiles)
 
 
-def _warps(*, gather: bool) -> dict[str, int]:
-    """Warps and registers of the partitions; a gathering producer computes addresses."""
-    if not gather:
-        return {"PRODUCER_WARPS": 1, "CONSUMER_REGS": 232, "PRODUCER_REGS": 40, "num_warps": 4}
-    return {"PRODUCER_WARPS": 4, "CONSUMER_REGS": 224, "PRODUCER_REGS": 56, "num_warps": 4}
+def _warps(*, gather: bool) -> tuple[int, int, int]:
+    """Producer warps, and registers of a consumer's and a producer's thread.
+
+    A producer that gathers computes addresses.
+    """
+    return (4, 224, 56) if gather else (1, 232, 40)
 
 
 def _cut(n: int, by: int) -> int:
@@ -77,49 +91,53 @@ def _rows(
     second: int = 0,
     keep_h: bool = False,
     activation: Activation = "silu",
-    **outputs: Any,
+    out: torch.Tensor,
+    out2: torch.Tensor | None = None,
+    out3: torch.Tensor | None = None,
+    h: torch.Tensor | None = None,
+    h2: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+    partial: torch.Tensor | None = None,
 ) -> None:
-    """Multiply a [rows, K] by b (one matrix an expert); `outputs` have the kernel's names."""
-    pair = epilogue == "swiglu"
-    width = launch.width // 2 if pair else launch.width
+    """Multiply a [rows, K] by b (one matrix an expert); the rest has the kernel's names."""
+    width = launch.width // 2 if epilogue == "swiglu" else launch.width
     flat = b.view(-1, b.shape[-1])
-    names = ("h", "h2") if epilogue == "dact" else ("out", "out2", "out3")
-    descriptors = dict.fromkeys(("out_desc", "out2_desc", "out3_desc", "h_desc", "h2_desc"))
-    descriptors |= {
-        f"{name}_desc": _descriptor(outputs[name], 64, 64) for name in names if name in outputs
-    }
-    pointers = {
-        f"{name}_ptr": outputs.get(name) for name in ("out", "out2", "out3", "weight", "partial")
-    }
-    tiles = routing.most_tiles * _cut(columns, width)
-    rows_kernel[(_programs(a.device, tiles, launch),)](
-        a_desc=_descriptor(a, 64, BK),
-        a_ptr=a,
-        token_ptr=routing.token_N,
-        b_desc=_descriptor(flat, width, BK) if k_major else _descriptor(flat, BK, width),
-        **descriptors,
-        **pointers,
-        tile_expert_ptr=routing.tile_expert,
-        tile_row_ptr=routing.tile_row,
-        tile_left_ptr=routing.tile_left,
-        count_ptr=routing.tiles,
-        N=columns,
-        K=a.shape[1],
-        b_rows=b.shape[1],
-        second=second,
-        out_stride=outputs["out"].stride(0),
-        out3_stride=outputs["out3"].stride(0) if "out3" in outputs else 0,
-        EPILOGUE=epilogue,
-        GATHER=gather,
-        EVEN_K=a.shape[1] % BK == 0,
-        B_KMAJOR=k_major,
-        KEEP_H=keep_h,
-        ACTIVATION=activation,
-        BN=launch.width,
-        BK=BK,
-        STAGES=launch.stages,
-        group_m=launch.group_m,
-        **_warps(gather=gather),
+    dact = epilogue == "dact"  # whose results leave from registers
+    outputs: list[Any] = []
+    for tensor in (out, out2, out3):
+        outputs += [tensor, None if tensor is None or dact else _descriptor(tensor, 64, 64)]
+    _start_rows(
+        (_programs(a.device, routing.most_tiles * _cut(columns, width), launch),),
+        None if gather else _descriptor(a, 64, BK),
+        a,
+        routing.token_N,
+        _descriptor(flat, width, BK) if k_major else _descriptor(flat, BK, width),
+        *outputs,
+        None if h is None else _descriptor(h, 64, 64),
+        None if h2 is None else _descriptor(h2, 64, 64),
+        weight,
+        partial,
+        routing.tile_expert,
+        routing.tile_row,
+        routing.tile_left,
+        routing.tiles,
+        columns,
+        a.shape[1],
+        b.shape[1],
+        second,
+        out.stride(0),
+        0 if out3 is None else out3.stride(0),
+        launch.group_m,
+        epilogue,
+        gather,
+        a.shape[1] % BK == 0,
+        k_major,
+        keep_h,
+        launch.width,
+        BK,
+        launch.stages,
+        activation,
+        *_warps(gather=gather),
     )
 
 
@@ -211,24 +229,24 @@ def outer(
     experts, m, n = routing.ends_E.shape[0], a_TM.shape[1], b_NC.shape[1]
     out = a_TM.new_empty((experts, n, m) if transposed else (experts, m, n))
     tiles = experts * _cut(m, TILE_ROWS) * _cut(n, launch.width)
-    outer_kernel[(_programs(a_TM.device, tiles, launch),)](
-        a_desc=_descriptor(a_TM, BK, 64),
-        a_ptr=a_TM,
-        token_ptr=routing.token_N,
-        b_desc=_descriptor(b_NC, BK, launch.width),
-        ends_ptr=routing.ends_E,
-        out_desc=_descriptor(out.view(-1, out.shape[2]), 64, 64),
-        out_ptr=out,
-        experts=experts,
-        M=m,
-        N=n,
-        EVEN_M=m % TILE_ROWS == 0,
-        TRANSPOSED=transposed,
-        BM=TILE_ROWS,
-        BN=launch.width,
-        BK=BK,
-        STAGES=launch.stages,
-        group_m=launch.group_m,
-        **_warps(gather=True),
+    _start_outer(
+        (_programs(a_TM.device, tiles, launch),),
+        a_TM,
+        routing.token_N,
+        _descriptor(b_NC, BK, launch.width),
+        routing.ends_E,
+        _descriptor(out.view(-1, out.shape[2]), 64, 64),
+        out,
+        experts,
+        m,
+        n,
+        launch.group_m,
+        m % TILE_ROWS == 0,
+        transposed,
+        TILE_ROWS,
+        launch.width,
+        BK,
+        launch.stages,
+        *_warps(gather=True),
     )
     return out
