@@ -1,15 +1,18 @@
 """Where the time of an update goes: host or device, eager or compiled, with or without data.
 
     python benchmarks/train_speed.py llama-4m --sequences 128 --block 512
+    python benchmarks/train_speed.py mixtral-1b --sequences 4 --block 4096 --precision bf16 \
+        --experts grouped_mm --experts moesaic
 
 Prints, for each way, milliseconds an update (wall), milliseconds that kernels ran (profiler; when
-this is much less than wall, the host is the limit), tokens/s and MFU from active parameters. The
+this is much less than wall, the host is the limit), tokens/s, MFU from active parameters and the peak of memory. The
 row `+ data thread` adds blocks drawn by the thread that `moesaic train` uses, from random ids.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import tempfile
 import time
 from collections.abc import Callable
@@ -70,6 +73,11 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=20)
     parser.add_argument("--precision", choices=["fp32", "mixed", "bf16"], default="mixed")
     parser.add_argument("--eager-only", action="store_true")
+    parser.add_argument(
+        "--experts",
+        action="append",
+        help="an experts implementation; again for more, all in one run",
+    )
     args = parser.parse_args()
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -95,9 +103,13 @@ def main() -> None:
     documents = [generator.integers(0, vocabulary, 4000) for _ in range(400)]
     domain = TokenDomain.from_documents("random", documents, bos=1, eos=0)
 
-    for name in ["eager"] if args.eager_only else ["eager", "compiled"]:
+    ways = ["eager"] if args.eager_only else ["eager", "compiled"]
+    for experts, way in itertools.product(args.experts or [None], ways):
+        if experts is not None:
+            model.set_experts_implementation(experts)
+        torch.compiler.reset()
         run_pass = build_pass(model)
-        if name == "compiled":
+        if way == "compiled":
             run_pass = torch.compile(run_pass)
 
         def fixed(run_pass: Any = run_pass) -> None:
@@ -117,15 +129,19 @@ def main() -> None:
             ids = next(source).ids_ABT.to(device, non_blocking=True)
             run_update(run_pass, optimizer, ids, autocast=autocast)
 
+        name = way if experts is None else f"{experts} {way}"
         for label, update in ((name, fixed), (f"{name} + data thread", drawn)):
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
             wall = time_updates(update, device, args.updates)
+            memory = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0
             kernels = busy(update, device, args.updates)
             speed = 1e3 * tokens / wall
             mfu = "n/a" if peak is None else f"{6 * counts.params_active * speed / peak:.2%}"
             ran = "n/a" if kernels is None else f"{kernels:.2f}"
             print(
-                f"{label:24} {wall:9.2f} ms wall {ran:>8} ms kernels {speed:12,.0f} tokens/s "
-                f"MFU {mfu}",
+                f"{label:34} {wall:9.2f} ms wall {ran:>8} ms kernels {speed:12,.0f} tokens/s "
+                f"MFU {mfu} peak {memory:.1f} GB",
                 flush=True,
             )
         source.close()
