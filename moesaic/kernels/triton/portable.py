@@ -24,6 +24,7 @@ from moesaic.kernels.triton.metadata import Routing
 
 _GROUP = 8  # row tiles that follow each other on the same columns of a weight
 _SMALL_SHARED = 99 * 1024  # bytes a program may use on the smallest GPUs of capability 8.x
+_WIDE_SHARED = 200 * 1024  # from here on tiles of 256 columns: Hopper's products keep few registers
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ def tile_for(
     if itemsize > 2:  # no tensor cores: each thread multiplies for itself
         widest, deepest, warps = 64, 16, 8 if tile_rows > 64 else 4
     else:
-        widest, deepest = (256 if tile_rows in (64, 128) else 128), 64
+        roomy = tile_rows in (64, 128) and shared >= _WIDE_SHARED
+        widest, deepest = (256 if roomy else 128), 64
         warps = 8 if tile_rows >= 128 else 4
     if not aligned:  # loads of single elements go through registers
         widest, deepest = 64, min(deepest, 32)
