@@ -1,4 +1,7 @@
-"""The dense model that experts are made of: a LLaMA or Mistral checkpoint, checked before use.
+"""The dense model that experts are made of, checked before use.
+
+Tensor names and shapes of LLaMA and Mistral are written out here; those of the other families
+(`dense_families`) are read off transformers' own class.
 
 Notation: L layers, D hidden size, F neurons of a feed-forward layer. Neuron j is row j of gate_proj
 and up_proj [F, D] and column j of down_proj [D, F].
@@ -8,11 +11,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from moesaic.construct.dense_families import (
+    FAMILIES,
+    DenseFamily,
+    Mixture,
+    UnfusedCheckpoint,
+    activation_name,
+    family_of,
+    family_shapes,
+    read_family_config,
+)
 from moesaic.core.errors import UserError, nearest
 from moesaic.models.checkpoint import Checkpoint
 
@@ -27,7 +41,11 @@ HEADS: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class DenseModel:
-    """A dense LLaMA or Mistral whose tensors were found to be all there and of the right shape."""
+    """A dense model whose tensors were found to be all there and of the right shape.
+
+    Wherever a family keeps gate and up (apart or fused), `ffn` names the three matrices and
+    `checkpoint` hands them out.
+    """
 
     checkpoint: Checkpoint
     config: dict[str, Any]
@@ -36,6 +54,21 @@ class DenseModel:
     """What follows the family in the class name: a key of `HEADS`."""
     prefix: str
     """What precedes `layers.` in the tensor names: `model.`, `transformer.` or nothing."""
+
+    @property
+    def family(self) -> DenseFamily:
+        """Where this model keeps its parts, and which mixtures compute its attention."""
+        return FAMILIES[self.config["model_type"]]
+
+    @property
+    def mixture(self) -> Mixture:
+        """The model_type of the mixture that `convert` makes of it."""
+        return self.family.mixture(self.config)
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor, in the order of the network."""
+        return expected_shapes(self.config, head=self.head, prefix=self.prefix)
 
     @property
     def layers(self) -> int:
@@ -57,7 +90,7 @@ class DenseModel:
         """The activation between gate_proj and the product with up_proj."""
         from transformers.activations import ACT2FN
 
-        return ACT2FN[self.config["hidden_act"]]
+        return ACT2FN[activation_name(self.config)]
 
     def ffn(self, layer: int) -> tuple[str, str, str]:
         """Names of gate_proj, up_proj and down_proj of a layer."""
@@ -73,7 +106,8 @@ class DenseModel:
 
     def others(self, layer: int) -> list[str]:
         """Names of the other tensors of a layer: attention and norms."""
-        names = list(_layer_shapes(self.config, f"{self.prefix}layers.{layer}."))
+        start = f"{self.prefix}layers.{layer}."
+        names = [name for name in self.shapes if name.startswith(start)]
         inside = {*self.ffn(layer), *(self.biases(layer) or ())}
         return [name for name in names if name not in inside]
 
@@ -98,23 +132,26 @@ class DenseModel:
 
 
 def open_dense(path: Path | str) -> DenseModel:
-    """Open a dense LLaMA or Mistral directory and check config, tensor names, shapes and types.
+    """Open a dense model's directory and check config, tensor names, shapes and types.
 
     Raises:
-        UserError: a missing or truncated file, another kind of model, a sliding window that is in
-            use, quantised weights, tensors that are missing, unknown or of another shape than the
-            config says.
+        UserError: a missing or truncated file, a family that is not in `dense_families.FAMILIES`
+            (the message says which anatomy is missing), quantised weights, tensors that are
+            missing, unknown or of another shape than the config says.
     """
     checkpoint = Checkpoint(path)
+    if family_of(checkpoint).fused:
+        checkpoint = UnfusedCheckpoint(path)
     config = resolve_config(checkpoint)
     head = _head(checkpoint)
     prefix = _prefix(checkpoint)
-    shapes = expected_shapes(config, head=head, prefix=prefix)
+    dense = DenseModel(checkpoint, config, head, prefix)
+    shapes = dense.shapes
     for name in shapes:
         if name not in checkpoint:
             raise UserError(
                 f"{checkpoint.path} lacks the tensor {name} that its config.json asks for. "
-                "Is it a complete dense LLaMA?"
+                "Is it a complete dense model?"
             )
         if checkpoint.shape(name) != shapes[name]:
             raise UserError(
@@ -136,7 +173,6 @@ def open_dense(path: Path | str) -> DenseModel:
             f"{checkpoint.path} holds {unknown[0]}, which a dense {config['model_type']} does not "
             f"have{_more(unknown)}. Give a plain checkpoint (merge adapters first)."
         )
-    dense = DenseModel(checkpoint, config, head, prefix)
     first = [checkpoint.dtype(name) for name in dense.ffn(0)]
     for layer in range(dense.layers):
         if [checkpoint.dtype(name) for name in dense.ffn(layer)] != first:
@@ -149,35 +185,15 @@ def open_dense(path: Path | str) -> DenseModel:
 
 def resolve_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return config.json with the family's defaults filled in; UserError unless convertible."""
-    given = checkpoint.config
-    kind = given.get("model_type")
-    if kind not in ("llama", "mistral"):
-        hint = nearest(str(kind), ("llama", "mistral")) if kind else ""
-        raise UserError(
-            f"{checkpoint.path} is a model of type {kind!r}, not a dense LLaMA.{hint} "
-            "Give a checkpoint whose model_type is llama or mistral."
-        )
-    if given.get("quantization_config"):
+    family = family_of(checkpoint)
+    if checkpoint.config.get("quantization_config"):
         raise UserError(f"{checkpoint.path} is quantised. Give the bf16, fp16 or fp32 checkpoint.")
-    from transformers import LlamaConfig, MistralConfig
-
-    family = LlamaConfig if kind == "llama" else MistralConfig
-    fields = {key: value for key, value in given.items() if key != "model_type"}
-    try:
-        config: dict[str, Any] = family(**fields).to_dict()
-    except Exception as error:  # transformers' own validation, of many types
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{checkpoint.path / 'config.json'} is not accepted by transformers: {reason}. "
-            "Correct that field."
-        ) from error
+    config = read_family_config(checkpoint, family)
     _check_known(checkpoint, config)
-    window = config.get("sliding_window") if kind == "mistral" else None
-    if window is not None and window < config["max_position_embeddings"]:
+    if family.mixture(config) != "llama_moe" and config.get("mlp_bias"):
         raise UserError(
-            f"{checkpoint.path} attends through a sliding window of {window} tokens, which "
-            "LLaMA-MoE does not have. Give a Mistral without one, or set sliding_window to null "
-            "in config.json if texts stay shorter than that."
+            f"{checkpoint.path} has mlp_bias=true: biases in the feed-forward layers are kept in "
+            "LLaMA models only. Give a checkpoint without them."
         )
     return config
 
@@ -187,10 +203,15 @@ def _check_known(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
     from transformers.activations import ACT2FN
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    rope = (config.get("rope_parameters") or {}).get("rope_type", "default")
+    ropes = config.get("rope_parameters") or {}
+    if all(isinstance(rope, Mapping) for rope in ropes.values()):
+        every = list(ropes.values())  # one for each kind of layer
+    else:
+        every = [ropes]
+    kinds = sorted({"default", *ROPE_INIT_FUNCTIONS})
     for name, given, known in (
-        ("hidden_act", config["hidden_act"], sorted(ACT2FN)),
-        ("rope_type", rope, sorted({"default", *ROPE_INIT_FUNCTIONS})),
+        ("hidden_act", activation_name(config), sorted(ACT2FN)),
+        *(("rope_type", rope.get("rope_type", "default"), kinds) for rope in every),
     ):
         if given not in known:
             raise UserError(
@@ -203,6 +224,9 @@ def expected_shapes(
     config: Mapping[str, Any], *, head: str, prefix: str
 ) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a dense model, in the order of the network."""
+    family = FAMILIES[config["model_type"]]
+    if family.model_type not in ("llama", "mistral"):
+        return family_shapes(config, family)
     hidden, vocabulary = config["hidden_size"], config["vocab_size"]
     shapes: dict[str, tuple[int, ...]] = {f"{prefix}embed_tokens.weight": (vocabulary, hidden)}
     for layer in range(config["num_hidden_layers"]):
@@ -258,6 +282,16 @@ def _head(checkpoint: Checkpoint) -> str:
         )
     named = given[0]
     lowered = str(named).lower()  # the first LLaMA conversions say LLaMAForCausalLM
+    kind = checkpoint.config["model_type"]
+    if kind not in ("llama", "mistral"):
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        wanted = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]
+        if "architectures" in checkpoint.config and named != wanted:
+            raise UserError(
+                f"{checkpoint.path} is a {named}. Of a {kind}, give the language model, {wanted}."
+            )
+        return "ForCausalLM"
     for head in HEADS:
         if lowered in (f"llama{head}".lower(), f"mistral{head}".lower()):
             return head
