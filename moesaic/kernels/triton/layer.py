@@ -15,6 +15,7 @@ gradient take `decode`.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -137,6 +138,19 @@ def _forward(
     keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return out_TD, and for the backward pass h_NJ and the routing's two tensors."""
+    with _on(x_TD.device):
+        return _forward_here(x_TD, gate_up_EJD, down_EDI, ids_TK, weights_TK, activation, keep)
+
+
+def _forward_here(
+    x_TD: torch.Tensor,
+    gate_up_EJD: torch.Tensor,
+    down_EDI: torch.Tensor,
+    ids_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    activation: Activation,
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     experts, width = gate_up_EJD.shape[0], down_EDI.shape[2]
     if not keep and _few(ids_TK):
         out_TD = decode.decode(
@@ -151,6 +165,11 @@ def _forward(
     del a_NI
     out_TD = combine(y_ND, routing.inverse_N, torch.empty_like(x_TD), weights_TK=weights_TK)
     return out_TD, x_TD.new_empty(0) if h_NJ is None else h_NJ, routing.ints, routing.weight_N
+
+
+def _on(device: torch.device) -> Any:
+    """Make `device` the current one: Triton starts kernels there, and a model may span several."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _few(ids_TK: torch.Tensor) -> bool:
@@ -169,6 +188,17 @@ def _backward(
     sentinels: bool,
 ) -> list[torch.Tensor | None]:
     """Return the gradients of x, gate_up, down and the routing weights; None where not `needs`."""
+    with _on(grad_TD.device):
+        return _backward_here(grad_TD, saved, needs, activation, sentinels)
+
+
+def _backward_here(
+    grad_TD: torch.Tensor,
+    saved: Sequence[torch.Tensor],
+    needs: Sequence[bool],
+    activation: Activation,
+    sentinels: bool,
+) -> list[torch.Tensor | None]:
     x_TD, gate_up_EJD, down_EDI, weights_TK, h_NJ, ints, weight_N = saved
     needs_x, needs_gate_up, needs_down, needs_weights = needs
     experts, width = gate_up_EJD.shape[0], down_EDI.shape[2]
