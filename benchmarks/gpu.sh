@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Every figure and test that needs a GPU, the most wanted first; results under the folder given.
+#   bash benchmarks/gpu.sh OUT [PART...]      parts: tests bench zipf decode step recording offload
+# On an H200 all parts take about 12 minutes, most of it compiling.
+set -uo pipefail
+out=$1
+shift
+parts=${*:-tests bench zipf decode step recording offload}
+mkdir -p "$out"
+part() { echo "== $1 $(date +%T)"; }
+for name in $parts; do
+  part "$name"
+  case $name in
+    tests)
+      timeout 240 python3 -m pytest tests/kernels tests/models tests/routing tests/training -m gpu -q \
+        --tb=short -p no:cacheprovider >"$out/tests.txt" 2>&1
+      tail -25 "$out/tests.txt"
+      ;;
+    bench)
+      timeout 150 python3 -m moesaic kernels bench --preset all --repeats 5 --only moesaic \
+        --only "gemm only" --only grouped_mm -o "$out/bench" >"$out/bench.txt" 2>&1
+      tail -60 "$out/bench.txt"
+      ;;
+    zipf)
+      timeout 90 python3 -m moesaic kernels bench --preset all --repeats 5 --routing zipf \
+        --only moesaic -o "$out/zipf" >"$out/zipf.txt" 2>&1
+      tail -40 "$out/zipf.txt"
+      ;;
+    decode)
+      timeout 90 python3 -m moesaic kernels bench --preset all --tokens 1 --tokens 8 --tokens 64 \
+        --repeats 5 --only moesaic --only batched_mm --only grouped_mm -o "$out/decode" \
+        >"$out/decode.txt" 2>&1
+      tail -3 "$out/decode.txt"
+      ;;
+    step)
+      for preset in mixtral-1b qwen2-moe-1b deepseek-v3-1b; do
+        timeout 150 python3 benchmarks/train_speed.py $preset --sequences 4 --block 4096 \
+          --precision bf16 --updates 8 --experts grouped_mm --experts moesaic \
+          2>&1 | tee "$out/step-$preset.txt" | tail -9
+      done
+      ;;
+    recording)
+      timeout 120 python3 -m benchmarks.recording --out "$out/recording" 2>&1 | tail -40
+      ;;
+    offload)
+      timeout 120 python3 -m benchmarks.offload --out "$out/offload" 2>&1 | tail -40
+      ;;
+  esac
+done
+part done
