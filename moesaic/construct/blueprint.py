@@ -93,6 +93,10 @@ class Blueprint:
         block = f"{self.prefix}layers.{layer}.mlp.residual_block."
         return [*routed, (block, self.split.shared[layer])]
 
+    def every(self, layer: int) -> list[NDArray[np.int64]]:
+        """The neurons of every expert of a layer, shared ones last."""
+        return self.split.experts[layer] + self.split.shared[layer]
+
     def expert_names(self, layer: int) -> Iterator[tuple[str, str, str]]:
         """Names of gate, up and down of every expert of a layer, shared ones last."""
         for start, experts in self.blocks(layer):
@@ -138,8 +142,7 @@ class Blueprint:
         for layer in range(self.dense.layers):
             plan += [self._same(name) for name in self.dense.others(layer)]
             dtypes = [checkpoint.dtype(name) for name in self.dense.ffn(layer)]
-            every = self.split.experts[layer] + self.split.shared[layer]
-            for names, ids in zip(self.expert_names(layer), every, strict=True):
+            for names, ids in zip(self.expert_names(layer), self.every(layer), strict=True):
                 wide, tall = (len(ids), self.dense.hidden), (self.dense.hidden, len(ids))
                 plan += zip(names, dtypes, (wide, wide, tall), strict=True)
             small = self.router_tensors(layer)
@@ -221,7 +224,7 @@ def mixture_config(
     return {
         "architectures": [f"{family}{dense.head}"],
         "model_type": kind,
-        **_dense_fields(dense),
+        **dense_fields(dense),
         "intermediate_size": sum(sizes[0]),
         "num_experts": split.num_experts,
         "num_selects": selects,
@@ -243,7 +246,8 @@ def mixture_config(
     }
 
 
-def _dense_fields(dense: DenseModel) -> dict[str, Any]:
+def dense_fields(dense: DenseModel) -> dict[str, Any]:
+    """The fields of a dense config that its mixture keeps."""
     given: Mapping[str, Any] = dense.checkpoint.config
     # Families differ in their defaults (a LLaMA has no pad token, LLaMA-MoE's is 0), so the fields
     # that shape the network are written even where the dense config left them out.

@@ -1,4 +1,4 @@
-"""Dense LLaMA in, LLaMA-MoE out: layer by layer, from file to file.
+"""Dense LLaMA in, LLaMA-MoE or LLaMA-MoE-v2 out: layer by layer, from file to file.
 
 The tensors of the dense model are mapped, rearranged one layer at a time into two buffers that
 alternate, and written by a second thread; the layer is compared with the dense one while it is in
@@ -11,17 +11,20 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from moesaic.construct.blueprint import draw
+from moesaic.construct.blueprint import Blueprint, draw
+from moesaic.construct.blueprint_v2 import check_v2_source, draw_v2
 from moesaic.construct.dense import DenseModel, open_dense
+from moesaic.construct.legacy_v2 import SUFFIXES, is_original, read_gates, read_indices
 from moesaic.construct.method import SplitMethod, resolve_method
+from moesaic.construct.router import FILE_NAME as ROUTER_FILE
 from moesaic.construct.router import Gate, RouterInit, RouterMethod, init_router, resolve_router
 from moesaic.construct.routers import ROUTERS
 from moesaic.construct.split import FILE_NAME as SPLIT_FILE
-from moesaic.construct.split import NeuronSplit
-from moesaic.construct.split import split as make_split
+from moesaic.construct.split import NeuronSplit, divide
 from moesaic.construct.splits import SPLITS
 from moesaic.construct.stream import Comparison, write_experts
 from moesaic.core.console import note
@@ -30,9 +33,25 @@ from moesaic.core.files import check_step, output_directory, write_text
 from moesaic.core.lineage import write_lineage
 from moesaic.models.checkpoint import copy_companions
 
-__all__ = ["convert"]
+__all__ = ["PRESETS", "convert"]
 
 Verify = Literal["auto", "full", "layers", "off"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The model class of a conversion, and what is used where nothing was said."""
+
+    split: str
+    router: str
+    gate: Gate
+
+
+PRESETS = {
+    "llama-moe-v1": Preset("random", "random", "mlp"),
+    "llama-moe-v2": Preset("sequential", "kaiming", "linear"),
+}
+"""The released families: LLaMA-MoE (arXiv 2406.16554) and LLaMA-MoE-v2 (arXiv 2411.15708)."""
 
 FULL_BELOW = 2_000_000_000
 """Up to this many parameters whole models are compared, beyond it layers."""
@@ -42,39 +61,48 @@ def convert(
     model: Path | str,
     *,
     out: Path | str,
-    split: str | Path | Mapping[str, Any] | SplitMethod | NeuronSplit = "random",
+    split: str | Path | Mapping[str, Any] | SplitMethod | NeuronSplit | None = None,
     experts: int | None = None,
     top_k: int,
-    router: str | Path | Mapping[str, Any] | RouterMethod | RouterInit = "random",
+    router: str | Path | Mapping[str, Any] | RouterMethod | RouterInit | None = None,
     data: Any = None,
     seed: int = 0,
     shared: int = 0,
-    gate: Gate = "mlp",
+    preset: Literal["llama-moe-v1", "llama-moe-v2"] = "llama-moe-v1",
+    contract_layers: int = 0,
+    gate: Gate | None = None,
     scale: Literal["auto", "layerwise"] | float | Sequence[float] = "auto",
     shared_scale: float | None = None,
     verify: Verify = "auto",
     overwrite: bool = False,
     max_shard_bytes: int = 5_000_000_000,
 ) -> Path:
-    """Turn a dense LLaMA (or Mistral without a sliding window) into a LLaMA-MoE checkpoint.
+    """Turn a dense LLaMA (or Mistral without a sliding window) into a mixture of experts.
 
     Args:
         model: directory of the dense checkpoint; its number type is kept.
         out: the directory that appears when everything is written and compared.
         split: name of a split, settings ``{"method": name, ...}``, a file or directory that
-            `moesaic split` wrote, or a NeuronSplit.
+            `moesaic split` wrote, the original's neuron_indices.pt, or a NeuronSplit. By default
+            the preset's.
         experts: all experts of a layer, shared ones included; may be left out with a ready split.
         top_k: experts active for a token, shared ones included.
-        router: name of a router init, settings, a file or directory of `moesaic router`, or a
-            RouterInit.
+        router: name of a router init, settings, a file or directory of `moesaic router`, the
+            original's gate_weights.pt, or a RouterInit. By default the gates that the split was
+            made with, where it has any (`gradient-plus`), else the preset's.
         data: text for splits, router inits and layer-wise scales that look at activations.
         seed: of the split and the router init.
-        shared: experts that are always on (a `llama_moe_residual` checkpoint).
+        shared: experts that are always on (a `llama_moe_residual` checkpoint; in LLaMA-MoE-v2 one
+            residual MLP).
+        preset: the class of model and the split, router and gate it has by default:
+            "llama-moe-v1" random, random, mlp; "llama-moe-v2" sequential, kaiming, linear.
+        contract_layers: so many of the first, and of the last, layers stay dense (LLaMA-MoE-v2).
         gate: the router network, ``W2 tanh(W1 x)`` or ``W x``; a ready router init decides itself.
-        scale: factor on the chosen experts' sum. "auto" is E/K, as in the released models;
-            "layerwise" measures one per layer on `data` (see `construct.scale`).
+        scale: factor on the chosen experts' sum. "auto" is E/K, as in the released models (1 for a
+            LLaMA-MoE-v2 with shared experts); "layerwise" measures one per layer on `data` (see
+            `construct.scale`; LLaMA-MoE only).
         shared_scale: factor on the shared experts' weighted mean; R by default, which makes it
-            their sum.
+            their sum (LLaMA-MoE only).
         verify: "full" compares logits of the whole models with all experts on and scores off,
             "layers" the feed-forward layers one at a time on 256 fixed random tokens; "auto" is
             full below 2 B parameters.
@@ -94,9 +122,14 @@ def convert(
     out = check_step(out, overwrite=overwrite, inputs=[model, split, router, data])
     dense = open_dense(model)
     _check_choice(verify, ("auto", "full", "layers", "off"), "verify")
+    _check_choice(preset, tuple(PRESETS), "preset")
+    chosen = PRESETS[preset]
+    gate = chosen.gate if gate is None else gate
+    split = chosen.split if split is None else split
     _check_choice(gate, ("mlp", "linear"), "gate")
     _check_scales(scale, shared_scale)
-    division = _ready_split(split)
+    _check_preset(preset, dense, gate, scale, shared_scale, contract_layers)
+    division = _ready_split(split, dense)
     ready_router = _ready_router(router)
     if division is None:
         if experts is None:
@@ -106,34 +139,48 @@ def convert(
         # A mapping or method object is checked before hours of reading; a name by its registry.
         method = resolve_method(split)  # type: ignore[arg-type]
         if ready_router is None:
-            resolve_router(router)  # type: ignore[arg-type]
-        division = make_split(
-            model, method=method, experts=experts, shared=shared, data=data, seed=seed
-        )
+            resolve_router(router or chosen.router)  # type: ignore[arg-type]
+        division, arrays = divide(model, method, experts, shared, data, seed)
+        if router is None and "gates" in arrays:
+            ready_router = RouterInit.from_gates(arrays["gates"], {"method": method.key})
     else:
         _check_split(division, dense, experts, shared)
         _check_top_k(top_k, division.num_experts + division.num_shared, division.num_shared)
+        if router is None:
+            ready_router = _beside(split)
         _check_routed(ready_router, dense, division.num_experts)
     selects = top_k - division.num_shared
     if ready_router is None:
         ready_router = init_router(
             model,
             split=division,
-            method=router,  # type: ignore[arg-type]
+            method=router or chosen.router,  # type: ignore[arg-type]
             gate=gate,
             top_k=selects,
             data=data,
             seed=seed,
+            contract_layers=contract_layers,
         )
-    factors = _scale(scale, dense, division, ready_router, selects, data)
-    blueprint = draw(
-        dense,
-        division,
-        ready_router,
-        selects=selects,
-        scale=factors,
-        shared_scale=float(division.num_shared or 1) if shared_scale is None else shared_scale,
-    )
+    factors = _scale(scale, preset, dense, division, ready_router, selects, data)
+    if preset == "llama-moe-v2":
+        assert isinstance(factors, float)
+        blueprint: Blueprint = draw_v2(
+            dense,
+            division,
+            ready_router,
+            selects=selects,
+            scale=factors,
+            contract_layers=contract_layers,
+        )
+    else:
+        blueprint = draw(
+            dense,
+            division,
+            ready_router.with_shared(division.num_shared, dense, seed),
+            selects=selects,
+            scale=factors,
+            shared_scale=float(division.num_shared or 1) if shared_scale is None else shared_scale,
+        )
     if verify == "auto":
         verify = "full" if dense.checkpoint.parameters < FULL_BELOW else "layers"
     settings = {
@@ -142,6 +189,8 @@ def convert(
         "experts": division.num_experts + division.num_shared,
         "shared": division.num_shared,
         "top_k": top_k,
+        "preset": preset,
+        "contract_layers": contract_layers,
         "gate": ready_router.gate,
         "scale": factors,
         "shared_scale": blueprint.config.get("score_scale_factor_residual"),
@@ -162,7 +211,8 @@ def convert(
             from moesaic.measure.exactness import logit_difference
 
             comparison = Comparison("logits", *logit_difference(model, partial))
-        facts = _judge(division, comparison)
+        inside = range(contract_layers, dense.layers - contract_layers)
+        facts = _judge(division, inside, comparison)
         report = {**blueprint.sizes(), **facts, "seconds": round(time.monotonic() - started, 2)}
         write_lineage(
             partial, step="convert", parent=str(model), config=settings, seed=seed, **report
@@ -170,10 +220,15 @@ def convert(
     return out
 
 
-def _judge(division: NeuronSplit, comparison: Comparison | None) -> dict[str, Any]:
-    covered = division.coverage()
+def _judge(
+    division: NeuronSplit, layers: Sequence[int], comparison: Comparison | None
+) -> dict[str, Any]:
+    # Contract layers stay dense, whatever the split says of them.
+    copies = [division.copies(layer) for layer in layers]
+    covered = [float((copies_F > 0).mean()) for copies_F in copies]
+    once = all(bool((copies_F == 1).all()) for copies_F in copies)
     facts: dict[str, Any] = {
-        "exact": division.exact and comparison is not None,
+        "exact": once and comparison is not None,
         "neurons_covered": sum(covered) / len(covered),
         "difference": None,
     }
@@ -183,13 +238,13 @@ def _judge(division: NeuronSplit, comparison: Comparison | None) -> dict[str, An
     facts["difference"] = comparison.difference
     facts["difference_of"] = comparison.kind
     facts["largest_value"] = comparison.largest
-    if division.exact and not comparison.exact:
+    if once and not comparison.exact:
         raise MoesaicError(
             f"All experts on differ from the dense model by {comparison.difference:.3g} "
             f"({comparison.kind}), though every neuron is held once. Nothing was written; "
             "please report this."
         )
-    if not division.exact:
+    if not once:
         note(
             "neurons repeat or vanish in this split, so all experts on are not the dense model: "
             f"{facts['neurons_covered']:.1%} of the neurons are covered, the {comparison.kind} "
@@ -198,10 +253,12 @@ def _judge(division: NeuronSplit, comparison: Comparison | None) -> dict[str, An
     return facts
 
 
-def _ready_split(split: Any) -> NeuronSplit | None:
+def _ready_split(split: Any, dense: DenseModel) -> NeuronSplit | None:
     if isinstance(split, NeuronSplit):
         return split
     if isinstance(split, Path) or (isinstance(split, str) and _is_path(split, SPLITS.names())):
+        if is_original(Path(split)):
+            return read_indices(Path(split), width=dense.width)
         return NeuronSplit.load(Path(split))
     return None
 
@@ -210,14 +267,26 @@ def _ready_router(router: Any) -> RouterInit | None:
     if isinstance(router, RouterInit):
         return router
     if isinstance(router, Path) or (isinstance(router, str) and _is_path(router, ROUTERS.names())):
+        if is_original(Path(router)):
+            meta = {"method": "imported", "imported_from": str(router)}
+            return RouterInit.from_gates(read_gates(Path(router)), meta)
         return RouterInit.load(Path(router))
     return None
+
+
+def _beside(split: Any) -> RouterInit | None:
+    """The router init that `moesaic split` left beside a split, if it did."""
+    if isinstance(split, NeuronSplit):
+        return None
+    folder = Path(split) if Path(split).is_dir() else Path(split).parent
+    made = (folder / SPLIT_FILE).is_file() and (folder / ROUTER_FILE).is_file()
+    return RouterInit.load(folder) if made else None
 
 
 def _is_path(text: str, names: Sequence[str]) -> bool:
     # A method's name wins over a file of that name; write ./random for the file.
     return text not in names and (
-        "/" in text or text.endswith(".safetensors") or Path(text).exists()
+        "/" in text or text.endswith((".safetensors", *SUFFIXES)) or Path(text).exists()
     )
 
 
@@ -233,6 +302,33 @@ def _check_scales(scale: Any, shared_scale: float | None) -> None:
         for factor in factors:
             if isinstance(factor, int | float) and not 0 < factor < float("inf"):
                 raise UserError(f"{name}={value} was given. Use a positive number.")
+
+
+def _check_preset(
+    preset: str,
+    dense: DenseModel,
+    gate: str,
+    scale: Any,
+    shared_scale: float | None,
+    contract_layers: int,
+) -> None:
+    if preset == "llama-moe-v1":
+        if contract_layers:
+            raise UserError(
+                f"contract_layers={contract_layers}: every layer of a LLaMA-MoE has experts. Leave "
+                "it out, or use the preset llama-moe-v2."
+            )
+        return
+    check_v2_source(dense)
+    for name, given, allowed in (
+        ("gate", gate == "mlp", "linear"),
+        ("scale", scale == "layerwise" or isinstance(scale, list | tuple), "auto or one number"),
+        ("shared_scale", shared_scale is not None, "none: the residual MLP is not scaled"),
+    ):
+        if given:
+            raise UserError(
+                f"{name} was given as the preset llama-moe-v2 cannot have it. Use {allowed}."
+            )
 
 
 def _check_top_k(top_k: int, experts: int, shared: int) -> None:
@@ -294,6 +390,7 @@ def _check_routed(router: RouterInit | None, dense: DenseModel, routed: int) -> 
 
 def _scale(
     scale: Any,
+    preset: str,
     dense: DenseModel,
     division: NeuronSplit,
     router: RouterInit,
@@ -301,6 +398,8 @@ def _scale(
     data: Any,
 ) -> float | list[float]:
     if scale == "auto":
+        if preset == "llama-moe-v2" and division.num_shared:
+            return 1.0  # the original's: beside a residual MLP, experts act as in the dense model
         return division.num_experts / selects
     if scale == "layerwise":
         from moesaic.construct.scale import layer_scales

@@ -208,6 +208,8 @@ def _scalar(kind: _Type, data: bytes) -> Any:
 def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
     return value.value if isinstance(value, _Array) else value
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -71,6 +71,24 @@ class RouterInit:
                 f"The router init holds {shapes[0]} per layer. Give weight [E, D], or 0.weight "
                 "[E, D] with 2.weight [E, E]."
             )
+
+    @classmethod
+    def from_gates(cls, gates: Iterable[Any], meta: Mapping[str, Any]) -> RouterInit:
+        """Linear routers from one [E, D] matrix per layer, without routers of shared experts."""
+        layers = [{"weight": torch.as_tensor(gate_ED).float()} for gate_ED in gates]
+        return cls(layers, [None for _ in layers], dict(meta))
+
+    def with_shared(self, count: int, dense: DenseModel, seed: int) -> RouterInit:
+        """Give every layer a fresh router of `count` shared experts where it has none."""
+        if not count or self.shared[0] is not None:
+            return self
+        generator = torch.Generator().manual_seed(seed)
+        std = float(dense.config["initializer_range"])
+        shared: list[torch.Tensor | None] = [
+            torch.empty(count, self.hidden).normal_(0.0, std, generator=generator)
+            for _ in self.layers
+        ]
+        return RouterInit(self.layers, shared, self.meta)
 
     @property
     def gate(self) -> Gate:
@@ -149,6 +167,8 @@ class RouterInputs:
     """Routed experts that are chosen for a token, shared ones not counted."""
     data: Any
     seed: int
+    contract_layers: int = 0
+    """So many layers at each end stay dense; `kaiming` draws nothing for them."""
     facts: dict[str, Any] = field(default_factory=dict)
     """What the method wants kept beside the weights (accuracy reached); plain JSON values."""
 
@@ -213,6 +233,7 @@ def init_router(
     top_k: int = 1,
     data: Any = None,
     seed: int = 0,
+    contract_layers: int = 0,
 ) -> RouterInit:
     """Make the first router weights for a dense model and its split.
 
@@ -229,7 +250,7 @@ def init_router(
             f"top_k={top_k} but the split has {split.num_experts} routed experts. "
             f"Give 1 to {split.num_experts}."
         )
-    inputs = RouterInputs(Path(model), split, gate, top_k, data, seed)
+    inputs = RouterInputs(Path(model), split, gate, top_k, data, seed, contract_layers)
     if (split.layers, split.width) != (inputs.dense.layers, inputs.dense.width):
         raise UserError(
             f"The split is for {split.layers} layers of {split.width} neurons, {model} has "

@@ -274,12 +274,19 @@ def make_split(
     """Make a split and write its directory; says so when neurons repeat or vanish.
 
     The directory holds split.safetensors, split.json (resolved settings and figures), moesaic.json,
-    and scores.safetensors where the method scored neurons. Raises as `split` does.
+    scores.safetensors where the method scored neurons, and router.safetensors where it clustered
+    text by a router's gates (`moesaic router` wrote the same kind of file). Raises as `split` does.
     """
     out = check_step(out, overwrite=overwrite, inputs=[model, method, data])
     with output_directory(out, overwrite=overwrite) as partial:
         made, arrays = divide(model, method, experts, shared, data, seed)
         made.save(partial / FILE_NAME)
+        gates_LED = arrays.pop("gates", None)
+        if gates_LED is not None:
+            from moesaic.construct.router import FILE_NAME as ROUTER_FILE
+            from moesaic.construct.router import RouterInit
+
+            RouterInit.from_gates(gates_LED, made.meta).save(partial / ROUTER_FILE)
         if arrays:
             write_bytes(partial / "scores.safetensors", serialise(arrays))
         write_text(partial / "split.json", json.dumps(made.meta, indent=2) + "\n")

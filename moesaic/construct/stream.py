@@ -93,7 +93,7 @@ def write_experts(
     dense = blueprint.dense
     count = dense.layers
     before, after = dense.outer()
-    widths = [[len(ids) for ids in _every(blueprint, layer)] for layer in range(count)]
+    widths = [[len(ids) for ids in blueprint.every(layer)] for layer in range(count)]
     dtypes = [dense.checkpoint.dtype(name) for name in dense.ffn(0)]
     slots = [_Slot(max(map(sum, widths)), dense.hidden, dtypes) for _ in range(min(2, count))]
     x_TD = fixed_tokens(dense.hidden)
@@ -122,7 +122,7 @@ def write_experts(
                 dense.check_finite(name, tensor)
             source = FeedForward(*(tensors.pop(name) for name in dense.ffn(layer)))
             experts = slot.experts(widths[layer])
-            rearrange(source, _every(blueprint, layer), experts)
+            rearrange(source, blueprint.every(layer), experts)
             small = blueprint.router_tensors(layer)
             if names_of := dense.biases(layer):
                 biases = [tensors.pop(name) for name in names_of]
@@ -209,7 +209,3 @@ def _write(writer: CheckpointWriter, tensors: dict[str, torch.Tensor]) -> None:
 
 def _keep(found: list[tuple[float, float]], compared: Callable[[], tuple[float, float]]) -> None:
     found.append(compared())
-
-
-def _every(blueprint: Blueprint, layer: int) -> list[NDArray[np.int64]]:
-    return blueprint.split.experts[layer] + blueprint.split.shared[layer]

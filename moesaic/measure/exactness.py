@@ -129,18 +129,48 @@ def logit_difference(
 ) -> tuple[float, float]:
     """Compare whole models on fixed random token ids, in float32, one model in memory at a time.
 
-    The mixture (`llama_moe` or `llama_moe_residual`) runs with every expert chosen and scores
-    switched off. Returns the largest absolute difference of the outputs (logits; hidden states for
-    a model without head) and the largest absolute value of the dense outputs.
+    The mixture (`llama_moe`, `llama_moe_residual` or `llama_moe_v2`) runs with every expert chosen
+    and scores switched off, or all equal and scaled to 1. Returns the largest absolute difference
+    of the outputs (logits; hidden states for a model without head) and the largest absolute value
+    of the dense outputs.
 
     Raises MoesaicError when either directory does not load completely.
     """
-    config = Checkpoint(mixture).config
+    everything = _all_experts(Checkpoint(mixture).config)
+    wanted = _outputs(dense, {}, rows=rows, length=length)
+    given = _outputs(mixture, everything, rows=rows, length=length)
+    if wanted.keys() != given.keys():
+        raise MoesaicError(f"{dense} returns {sorted(wanted)}, {mixture} returns {sorted(given)}.")
+    differences = [float((wanted[name] - given[name]).abs().max()) for name in wanted]
+    return max(differences), max(float(value.abs().max()) for value in wanted.values())
+
+
+def _all_experts(config: dict[str, Any]) -> dict[str, Any]:
+    """Config fields under which every expert adds its output as it is."""
+    if config["model_type"] == "llama_moe_v2":  # with the routers silenced: see `_outputs`
+        experts = config["num_local_experts"]
+        everything = {"num_experts_per_tok": experts, "scale_factor": float(experts)}
+        if config.get("use_attn_moe"):
+            experts = config["attn_experts"]
+            everything |= {"top_k_attn": experts, "scale_factor_attn": float(experts)}
+        return everything
     everything = {"num_selects": config["num_experts"], "multiply_gate_scores": False}
     if "num_experts_residual" in config:
         everything["multiply_gate_scores_residual"] = False
+    return everything
+
+
+@torch.inference_mode()
+def running_difference(
+    dense: Path, mixture: Path, *, rows: int = 2, length: int = 48
+) -> tuple[float, float]:
+    """Compare a dense model with a mixture that routes as it is configured to.
+
+    As `logit_difference`, for mixtures of any family whose chosen experts already make up the
+    dense model.
+    """
     wanted = _outputs(dense, {}, rows=rows, length=length)
-    given = _outputs(mixture, everything, rows=rows, length=length)
+    given = _outputs(mixture, {}, rows=rows, length=length)
     if wanted.keys() != given.keys():
         raise MoesaicError(f"{dense} returns {sorted(wanted)}, {mixture} returns {sorted(given)}.")
     differences = [float((wanted[name] - given[name]).abs().max()) for name in wanted]
@@ -156,6 +186,10 @@ def _outputs(
     path: Path, overrides: dict[str, Any], *, rows: int, length: int
 ) -> dict[str, torch.Tensor]:
     model = _load(path, overrides).eval()
+    if "scale_factor" in overrides:  # softmax of zeros: every expert weighs 1 / E
+        for module in model.modules():
+            if getattr(module, "is_moe_router", False):
+                module.weight.data.zero_()
     vocabulary, longest = model.config.vocab_size, model.config.max_position_embeddings
     generator = torch.Generator().manual_seed(20240624)
     ids = torch.randint(0, vocabulary, (rows, min(length, longest)), generator=generator)

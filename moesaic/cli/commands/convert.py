@@ -20,31 +20,46 @@ def command(
         int | None,
         typer.Option(help="Experts of a layer, shared ones included; a ready split knows it."),
     ] = None,
-    split: Annotated[
+    preset: Annotated[
         str,
+        typer.Option(
+            help="The class of model and its default split, router and gate: llama-moe-v1 (random, "
+            "random, mlp) or llama-moe-v2 (sequential, kaiming, linear)."
+        ),
+    ] = "llama-moe-v1",
+    split: Annotated[
+        str | None,
         typer.Option(
             help="A name of `moesaic list splits`, a YAML file of its settings (`method: cluster`, "
-            "`metric: cos`), or what `moesaic split` wrote."
+            "`metric: cos`), what `moesaic split` wrote, or LLaMA-MoE-v2's neuron_indices.pt."
         ),
-    ] = "random",
+    ] = None,
     router: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="A name of `moesaic list routers`, a YAML file of its settings, or what "
-            "`moesaic router` wrote."
+            help="A name of `moesaic list routers`, a YAML file of its settings, what "
+            "`moesaic router` wrote, or LLaMA-MoE-v2's gate_weights.pt. By default the gates that "
+            "the split was made with, else the preset's."
         ),
-    ] = "random",
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option(help="Text for methods that look at activations: file, folder or dataset."),
     ] = None,
     shared: Annotated[int, typer.Option(help="Experts that are always on.")] = 0,
-    gate: Annotated[str, typer.Option(help="Router network: mlp or linear.")] = "mlp",
+    contract_layers: Annotated[
+        int,
+        typer.Option(help="So many of the first, and of the last, layers stay dense (v2)."),
+    ] = 0,
+    gate: Annotated[
+        str | None, typer.Option(help="Router network: mlp or linear; by default the preset's.")
+    ] = None,
     scale: Annotated[
         str,
         typer.Option(
-            help="Factor on the chosen experts' weighted sum: auto (experts / top-k), layerwise "
-            "(measured on --data), a number, or one per layer with commas."
+            help="Factor on the chosen experts' weighted sum: auto (experts / top-k; 1 in a v2 with "
+            "shared experts), layerwise (measured on --data), a number, or one per layer with "
+            "commas."
         ),
     ] = "auto",
     shared_scale: Annotated[
@@ -62,13 +77,16 @@ def command(
     overwrite: Annotated[bool, typer.Option(help="Replace the output directory.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Turn a dense LLaMA into a LLaMA-MoE checkpoint, and prove that nothing was lost.
+    """Turn a dense LLaMA into a mixture of experts, and prove that nothing was lost.
 
     The feed-forward neurons are divided among experts, routers are added, everything else stays.
     With all experts on and scores off the result equals the dense model, unless the split repeats
     or drops neurons; the measured difference is printed and kept in moesaic.json.
 
     Example: `moesaic convert ckpt/dense -o runs/moe --split random --experts 8 --top-k 2`
+
+    Example: `moesaic convert ckpt/dense -o runs/v2 --preset llama-moe-v2 --split gradient-plus
+    --shared 1 --experts 8 --top-k 2 --data text.jsonl`
     """
     from moesaic.cli.settings import number_or_name, settings_or_name
     from moesaic.construct.convert import convert
@@ -77,13 +95,15 @@ def command(
     path = convert(
         model,
         out=out,
-        split=settings_or_name(split),
+        split=None if split is None else settings_or_name(split),
         experts=experts,
         top_k=top_k,
-        router=settings_or_name(router),
+        router=None if router is None else settings_or_name(router),
         data=data,
         seed=seed,
         shared=shared,
+        preset=preset,  # type: ignore[arg-type]  # checked by convert
+        contract_layers=contract_layers,
         gate=gate,  # type: ignore[arg-type]  # checked by convert
         scale=number_or_name(scale),
         shared_scale=shared_scale,
