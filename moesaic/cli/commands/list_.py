@@ -55,6 +55,12 @@ def _routers() -> dict[str, str]:
     return ROUTERS.describe()
 
 
+def _upcycles() -> dict[str, str]:
+    from moesaic.construct.upcycles import UPCYCLES
+
+    return UPCYCLES.describe()
+
+
 def _gates() -> dict[str, str]:
     from moesaic.models.gates import GATES
 
@@ -98,6 +104,7 @@ def _kernels() -> dict[str, str]:
 KINDS: dict[str, tuple[str, Callable[[], dict[str, str]]]] = {
     "splits": ("ways to divide a dense layer's neurons into experts", _splits),
     "routers": ("first weights of the router of a converted model", _routers),
+    "upcycles": ("ways to make more experts than a dense model has", _upcycles),
     "gates": ("gate_type of a LLaMA-MoE", _gates),
     "calculators": ("calculator_type of a LLaMA-MoE", _calculators),
     "models": ("aliases of published models, and whether this version loads them", _models),
