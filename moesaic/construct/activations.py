@@ -81,21 +81,27 @@ class LayerStream:
         module.load_state_dict(weights, assign=True, strict=True)
         return module.eval()
 
+    def block(self, module: Any, rows_BCD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Norm, attention, norm: residual stream and feed-forward input [B, C, D], with gradients.
+
+        Rows may be shorter than `context`.
+        """
+        positions = self._positions[:, : rows_BCD.shape[1]]
+        out_BCD, _ = module.self_attn(
+            hidden_states=module.input_layernorm(rows_BCD),
+            position_embeddings=self._rotary(rows_BCD, positions),
+            attention_mask=None,
+            position_ids=positions,
+        )
+        residual_BCD = rows_BCD + out_BCD
+        return residual_BCD, module.post_attention_layernorm(residual_BCD)
+
     @torch.inference_mode()
     def attend(self, module: Any, hidden_BCD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Norm, attention, norm: the residual stream and the feed-forward input, both [T, D]."""
-        residuals = []
-        for rows in hidden_BCD.split(_ROWS_AT_ONCE):
-            tables = self._rotary(rows, self._positions)
-            out, _ = module.self_attn(
-                hidden_states=module.input_layernorm(rows),
-                position_embeddings=tables,
-                attention_mask=None,
-                position_ids=self._positions,
-            )
-            residuals.append(rows + out)
-        residual_TD = torch.cat(residuals).flatten(0, 1)
-        return residual_TD, module.post_attention_layernorm(residual_TD)
+        parts = [self.block(module, rows) for rows in hidden_BCD.split(_ROWS_AT_ONCE)]
+        residual_BCD, normed_BCD = (torch.cat(list(half)) for half in zip(*parts, strict=True))
+        return residual_BCD.flatten(0, 1), normed_BCD.flatten(0, 1)
 
     @torch.inference_mode()
     def layers(self, ids_BC: torch.Tensor) -> Iterator[LayerInputs]:
