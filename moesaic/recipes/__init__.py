@@ -1,4 +1,6 @@
-"""Shipped YAML, each file a test case: training recipes here, new models in ``init/``."""
+"""Shipped YAML, each file a test case: training here, new models in ``init/``, dense models turned
+into mixtures in ``construct/``.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +9,12 @@ from typing import Literal
 
 from moesaic.core.errors import UserError, unknown
 
-Kind = Literal["train", "init"]
+Kind = Literal["train", "init", "construct"]
 
 _FOLDERS: dict[Kind, Path] = {
     "train": Path(__file__).parent,
     "init": Path(__file__).parent / "init",
+    "construct": Path(__file__).parent / "construct",
 }
 
 
@@ -32,12 +35,12 @@ def find(name: Path | str, *, kind: Kind) -> Path:
     if path.suffix in (".yaml", ".yml") or path.is_file():
         return path  # a missing file is reported by who reads it
     if str(name) not in shipped:
-        raise unknown("recipe" if kind == "train" else "preset", str(name), shipped)
+        raise unknown("preset" if kind == "init" else "recipe", str(name), shipped)
     return shipped[str(name)]
 
 
 def locate(name: str) -> tuple[Kind, Path]:
-    """Return the kind and file of a recipe of either kind. Raises UserError for an unknown name."""
+    """Return the kind and file of a recipe of any kind. Raises UserError for an unknown name."""
     for kind in _FOLDERS:
         if name in recipes(kind):
             return kind, recipes(kind)[name]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -86,7 +86,8 @@ def _models() -> dict[str, str]:
 def _recipes() -> dict[str, str]:
     from moesaic.recipes import recipes, summary
 
-    return {name: summary(path) for name, path in recipes("train").items()}
+    kinds: tuple[Literal["train", "construct"], ...] = ("train", "construct")
+    return {name: summary(path) for kind in kinds for name, path in recipes(kind).items()}
 
 
 def _presets() -> dict[str, str]:
@@ -108,7 +109,7 @@ KINDS: dict[str, tuple[str, Callable[[], dict[str, str]]]] = {
     "gates": ("gate_type of a LLaMA-MoE", _gates),
     "calculators": ("calculator_type of a LLaMA-MoE", _calculators),
     "models": ("aliases of published models, and whether this version loads them", _models),
-    "recipes": ("shipped training files for moesaic train", _recipes),
+    "recipes": ("shipped files for moesaic train and moesaic construct", _recipes),
     "presets": ("shipped shapes for moesaic init", _presets),
     "kernels": ("experts implementations registered with transformers", _kernels),
 }

@@ -12,7 +12,7 @@ from moesaic.cli.output import JsonOption, OutOption, emit
 PANEL = "Help"
 
 app = typer.Typer(
-    help="Shipped YAML files: training recipes and presets of new models.", no_args_is_help=True
+    help="Shipped YAML files: training, presets of new models, construction.", no_args_is_help=True
 )
 
 Name = Annotated[str, typer.Argument(help="A name that `moesaic recipe list` shows.")]
@@ -28,7 +28,7 @@ def list_(json: JsonOption = False) -> None:
 
     found = {
         kind: {name: summary(path) for name, path in recipes(kind).items()}
-        for kind in ("train", "init")
+        for kind in ("train", "init", "construct")
     }
 
     def render() -> None:
