@@ -44,6 +44,15 @@ class LayerInputs:
 class LayerStream:
     """The layers of a dense model, loaded one by one and applied to hidden states [B, C, D]."""
 
+    def __new__(cls, dense: DenseModel, *, context: int) -> LayerStream:
+        """A stream of the family's own layers where these are not LLaMA's."""
+        del context
+        if cls is LayerStream and dense.mixture != "llama_moe":
+            from moesaic.construct.family_stream import FamilyStream
+
+            return object.__new__(FamilyStream)
+        return object.__new__(cls)
+
     def __init__(self, dense: DenseModel, *, context: int) -> None:
         from transformers import LlamaConfig
         from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -114,7 +123,12 @@ class LayerStream:
             # In parts: the neurons of all tokens at once are F/D times what is held already.
             step = _ROWS_AT_ONCE * ids_BC.shape[1]
             out_TD = torch.cat([module.mlp(part) for part in normed_TD.split(step)])
-            hidden_BCD = (residual_TD + out_TD).view_as(hidden_BCD)
+            hidden_BCD = self.finish(module, residual_TD, out_TD).view_as(hidden_BCD)
+
+    def finish(self, module: Any, residual_TD: torch.Tensor, out_TD: torch.Tensor) -> torch.Tensor:
+        """The residual stream after the feed-forward part gave `out_TD`."""
+        del module
+        return residual_TD + out_TD
 
 
 def text_sample(model: Path, data: Any, *, tokens: int, context: int) -> torch.Tensor:

@@ -190,7 +190,14 @@ def draw(
     scale: float | list[float],
     shared_scale: float,
 ) -> Blueprint:
-    """Put dense model, split and router together; `selects` is K, `scale` the score factor."""
+    """Put dense model, split and router together; `selects` is K, `scale` the score factor.
+
+    Of a family whose attention LLaMA-MoE does not compute, a `moesaic_moe` is drawn.
+    """
+    if dense.mixture == "moesaic_moe":
+        from moesaic.construct.blueprint_moesaic import draw_moesaic
+
+        return draw_moesaic(dense, split, router, selects=selects, scale=scale)
     config = mixture_config(dense, split, router, selects=selects, scale=scale)
     if split.num_shared:
         shared_sizes = [[len(ids) for ids in layer] for layer in split.shared]

@@ -173,14 +173,15 @@ class UnfusedCheckpoint(Checkpoint):
     def __init__(self, path: Path | str) -> None:
         super().__init__(path)
         self._halves: dict[str, tuple[str, int]] = {}
-        for key in super().keys():
+        for key in super().keys():  # noqa: SIM118 - no dict
             if key.endswith(FUSED):
                 for half, part in enumerate(PARTS):
                     self._halves[key.replace(FUSED, part)] = (key, half)
 
     def keys(self) -> list[str]:
         """Return the tensor names, sorted, those of the halves instead of the fused ones."""
-        return sorted([*(k for k in super().keys() if not k.endswith(FUSED)), *self._halves])
+        stored = super().keys()
+        return sorted([*(k for k in stored if not k.endswith(FUSED)), *self._halves])
 
     def __contains__(self, key: object) -> bool:
         return key in self._halves or (super().__contains__(key) and not str(key).endswith(FUSED))

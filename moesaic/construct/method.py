@@ -164,7 +164,7 @@ def resolve_method(method: str | Mapping[str, Any] | SplitMethod) -> SplitMethod
 
 
 def read_model_config(model: Path) -> dict[str, Any]:
-    """The config.json of a dense LLaMA or Mistral, a directory or the file itself.
+    """The config.json of a dense model of a known family, a directory or the file itself.
 
     Raises UserError when it is missing or of another kind.
     """
@@ -180,10 +180,12 @@ def read_model_config(model: Path) -> dict[str, Any]:
             f"{path} is not readable JSON ({error}). Give the directory of a Hugging Face model."
         ) from error
     kind = config.get("model_type")
-    if kind not in ("llama", "mistral"):
+    from moesaic.construct.dense_families import FAMILIES  # it brings torch
+
+    if kind not in FAMILIES:
         raise UserError(
             f"{model} is a model of type {kind!r}; its layers cannot be split. Give a dense "
-            "llama or mistral model."
+            f"model of one of the families {', '.join(sorted(FAMILIES))}."
         )
     missing = [
         key

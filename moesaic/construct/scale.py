@@ -64,7 +64,7 @@ def layer_scales(
         residual_TD, normed_TD = stream.attend(module, dense_BCD)
         out_TD = module.mlp(normed_TD)
         wanted = _mean(residual_TD) / _mean(out_TD)
-        dense_BCD = (residual_TD + out_TD).view_as(dense_BCD)
+        dense_BCD = stream.finish(module, residual_TD, out_TD).view_as(dense_BCD)
 
         residual_TD, normed_TD = stream.attend(module, mixture_BCD)
         weights = [w.float() for _, w in sorted(router.layers[layer].items())]
@@ -76,7 +76,8 @@ def layer_scales(
                 "Give a number as scale."
             )
         factors.append(_mean(residual_TD) / size / wanted)
-        mixture_BCD = (residual_TD + routed_TD * factors[-1]).view_as(mixture_BCD)
+        scaled_TD = routed_TD * factors[-1]
+        mixture_BCD = stream.finish(module, residual_TD, scaled_TD).view_as(mixture_BCD)
     return factors
 
 

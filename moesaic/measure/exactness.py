@@ -147,6 +147,9 @@ def logit_difference(
 
 def _all_experts(config: dict[str, Any]) -> dict[str, Any]:
     """Config fields under which every expert adds its output as it is."""
+    if config["model_type"] == "moesaic_moe":
+        every = config["num_experts"]
+        return {"num_experts_per_tok": every, "weighting": "one", "routed_scaling_factor": 1.0}
     if config["model_type"] == "llama_moe_v2":  # with the routers silenced: see `_outputs`
         experts = config["num_local_experts"]
         everything = {"num_experts_per_tok": experts, "scale_factor": float(experts)}
