@@ -124,7 +124,8 @@ def convert(
     _check_choice(verify, ("auto", "full", "layers", "off"), "verify")
     _check_choice(preset, tuple(PRESETS), "preset")
     chosen = PRESETS[preset]
-    gate = chosen.gate if gate is None else gate
+    if gate is None:
+        gate = "linear" if dense.mixture == "moesaic_moe" else chosen.gate
     split = chosen.split if split is None else split
     _check_choice(gate, ("mlp", "linear"), "gate")
     _check_scales(scale, shared_scale)
