@@ -20,6 +20,7 @@ import triton.language as tl
 
 from moesaic.kernels.reference import Activation
 from moesaic.kernels.triton.activations import activate
+from moesaic.kernels.triton.launch import Launcher
 
 MOST_PAIRS = 512
 """Pairs N that `decode` takes; beyond, reading all ids in each program costs too much."""
@@ -134,17 +135,20 @@ def decode(
         "PAIRS": max(16, triton.next_power_of_2(pairs)),
         "OVERLAP": overlap,
     }
-    _up[(triton.cdiv(2 * width, up.columns), slots)](
+    _start_up(
+        (triton.cdiv(2 * width, up.columns), slots),
         x_TD, ids_TK, gate_up_EJD, *gate_up_EJD.stride(), a_NI, pairs, experts, top_k,
         width, hidden, ACTIVATION=activation, BN=up.columns, BK=up.depth, **common,
         num_warps=up.warps, num_stages=up.stages,
     )  # fmt: skip
-    _down[(triton.cdiv(hidden, down.columns), slots)](
+    _start_down(
+        (triton.cdiv(hidden, down.columns), slots),
         a_NI, ids_TK, down_EDI, *down_EDI.stride(), y_ND, pairs, experts, hidden, width,
         BN=down.columns, BK=down.depth, **common,
         num_warps=down.warps, num_stages=down.stages, launch_pdl=overlap,
     )  # fmt: skip
-    _weigh[(tokens, triton.cdiv(hidden, _WEIGHED))](
+    _start_weigh(
+        (tokens, triton.cdiv(hidden, _WEIGHED)),
         y_ND, ids_TK, weights_TK, out_TD, experts, hidden,
         TOP_K=top_k, BLOCK=_WEIGHED, OVERLAP=overlap, num_warps=2, launch_pdl=overlap,
     )  # fmt: skip
@@ -283,3 +287,6 @@ def _weigh(
         total += tl.load(weights_ptr + pair).to(tl.float32) * y
     out = total.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + token * hidden + column, out, mask=column < hidden)
+
+
+_start_up, _start_down, _start_weigh = (Launcher(kernel) for kernel in (_up, _down, _weigh))

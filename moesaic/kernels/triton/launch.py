@@ -21,9 +21,9 @@ _ALIGNED = 16
 
 
 class Launcher:
-    """A kernel with its compiled forms: `launcher(grid, *arguments, num_warps=...)`.
+    """A kernel with its compiled forms: `launcher(grid, *arguments, num_warps=..., NAME=...)`.
 
-    Arguments are positional, compile-time constants included, in the order of the kernel.
+    Positional arguments are the kernel's first ones; the rest are given by name.
     """
 
     def __init__(self, function: Any) -> None:
@@ -31,23 +31,37 @@ class Launcher:
         self._compiled: dict[tuple[Any, ...], Any] = {}
         self._direct = isinstance(function, JITFunction) and triton.__version__.startswith(_KNOWN)
         constants = [p.is_constexpr for p in function.params] if self._direct else []
+        self._names: list[str] = list(function.arg_names) if self._direct else []
         self._describe: list[Callable[[Any], Any]] = [
             _itself if constant else _description for constant in constants
         ]
 
-    def __call__(self, grid: tuple[int, ...], *arguments: Any, num_warps: int = 4) -> None:
-        """Start the kernel on the current stream."""
+    def __call__(
+        self,
+        grid: tuple[int, ...],
+        *arguments: Any,
+        num_warps: int = 4,
+        num_stages: int = 3,
+        launch_pdl: bool = False,
+        **named: Any,
+    ) -> None:
+        """Start the kernel on the current stream of the current device."""
+        options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages}
+        if launch_pdl:  # not an option of every backend
+            options["launch_pdl"] = True
         if not self._direct:
-            self._function[grid](*arguments, num_warps=num_warps)
+            self._function[grid](*arguments, **named, **options)
             return
+        if named:
+            arguments = (*arguments, *[named[name] for name in self._names[len(arguments) :]])
         device = torch.cuda.current_device()
         key = (
-            device, num_warps,
+            device, num_warps, num_stages, launch_pdl,
             *[describe(a) for describe, a in zip(self._describe, arguments, strict=True)],
         )  # fmt: skip
         compiled = self._compiled.get(key)
         if compiled is None:
-            self._compiled[key] = self._function[grid](*arguments, num_warps=num_warps)
+            self._compiled[key] = self._function[grid](*arguments, **options)
             return
         stream = torch._C._cuda_getCurrentRawStream(device)
         x, y, z = (*grid, 1, 1)[:3]

@@ -20,6 +20,7 @@ import triton.language as tl
 
 from moesaic.kernels.reference import Activation
 from moesaic.kernels.triton.activations import activate
+from moesaic.kernels.triton.launch import Launcher
 from moesaic.kernels.triton.metadata import Routing
 
 _GROUP = 8  # row tiles that follow each other on the same columns of a weight
@@ -76,11 +77,13 @@ def _shared(device: torch.device) -> int:
     return int(getattr(properties, "shared_memory_per_block_optin", _SMALL_SHARED))
 
 
-def _launch(kernel: Any, tiles_of_rows: int, columns: int, tile: Tile, *args: Any, **sizes: Any):
+def _launch(
+    kernel: Launcher, tiles_of_rows: int, columns: int, tile: Tile, *args: Any, **sizes: Any
+):
     programs = tiles_of_rows * triton.cdiv(columns, tile.columns)
     if programs:
-        kernel[(programs,)](
-            *args, BN=tile.columns, BK=tile.depth, **sizes,
+        kernel(
+            (programs,), *args, BN=tile.columns, BK=tile.depth, **sizes,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
@@ -100,7 +103,7 @@ def up(
     h_NJ = x_TD.new_empty(rows, 2 * width) if keep_h else None
     tile = _tile(routing.tile_rows, 2 * width, depth, x_TD, gate_up_EJD)
     _launch(
-        _up, routing.most_tiles if rows else 0, 2 * width, tile,
+        _start_up, routing.most_tiles if rows else 0, 2 * width, tile,
         x_TD, routing.token_N, gate_up_EJD, *gate_up_EJD.stride(), h_NJ, a_NI, *_places(routing),
         width, depth,
         ACTIVATION=activation, BM=routing.tile_rows, GROUP=_GROUP,
@@ -119,7 +122,7 @@ def rows(
     out_NM = a_NK.new_empty(count, columns)
     tile = _tile(routing.tile_rows, columns, depth, a_NK, weight)
     _launch(
-        _rows, routing.most_tiles if count else 0, columns, tile,
+        _start_rows, routing.most_tiles if count else 0, columns, tile,
         a_NK, weight_EKM, *weight_EKM.stride(), out_NM, *_places(routing), columns, depth,
         BM=routing.tile_rows, GROUP=_GROUP,
     )  # fmt: skip
@@ -143,7 +146,7 @@ def activation_gradient(
     parts = triton.cdiv(width, tile.columns)
     partial = torch.empty(count, parts, dtype=torch.float32, device=h_NJ.device)
     _launch(
-        _activation_gradient, routing.most_tiles if count else 0, width, tile,
+        _start_activation_gradient, routing.most_tiles if count else 0, width, tile,
         grad_TD, routing.token_N, routing.weight_N, down_EDI, *down_EDI.stride(), h_NJ,
         dh_NJ, wa_NI, partial, *_places(routing), width, depth,
         ACTIVATION=activation, BM=routing.tile_rows, GROUP=_GROUP,
@@ -167,7 +170,7 @@ def outer(
     # The token numbers of a step must be there a step before its rows can be asked for.
     tile = replace(tile, stages=tile.stages + 1)
     _launch(
-        _outer, experts * triton.cdiv(p, height), q, tile,
+        _start_outer, experts * triton.cdiv(p, height), q, tile,
         left, right, routing.token_N, routing.ends_E, out_EPQ, p, q,
         LEFT=not transposed, BM=height, GROUP=_GROUP,
     )  # fmt: skip
@@ -378,3 +381,7 @@ def _outer(
     where = out_ptr + expert.to(tl.int64) * P * Q + p.to(tl.int64)[:, None] * Q + q[None, :]
     mask = (p < P)[:, None] & (q < Q)[None, :]
     tl.store(where, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+_start_up, _start_rows = Launcher(_up), Launcher(_rows)
+_start_activation_gradient, _start_outer = Launcher(_activation_gradient), Launcher(_outer)
