@@ -55,6 +55,7 @@ FAMILIES: Mapping[str, DenseFamily] = {
         DenseFamily("phi3", "Phi-3", fused=True),
         DenseFamily("olmo2", "OLMo2", sibling="flex_olmo"),
         DenseFamily("smollm3", "SmolLM3"),
+        DenseFamily("deepseek_v3", "DeepSeek-V3 without experts", sibling="deepseek_v3"),
     )
 }
 """The families that moesaic makes experts of."""
@@ -71,7 +72,7 @@ _GATED = re.compile(r"\.mlp\.(gate_proj|gate_up_proj)\.weight$")
 def family_of(checkpoint: Checkpoint) -> DenseFamily:
     """Return the family of a checkpoint. Raises UserError that says which anatomy is missing."""
     kind = checkpoint.config.get("model_type")
-    if isinstance(kind, str) and kind in FAMILIES:
+    if isinstance(kind, str) and kind in FAMILIES and not _routed(checkpoint.config):
         return FAMILIES[kind]
     hint = nearest(str(kind), tuple(FAMILIES)) if kind else ""
     raise UserError(
@@ -217,6 +218,12 @@ class UnfusedCheckpoint(Checkpoint):
     def release(self, keys: Any) -> None:
         """Let go of the pages that `read` mapped."""
         super().release([self._halves.get(key, (key, 0))[0] for key in keys])
+
+
+def _routed(config: Mapping[str, Any]) -> bool:
+    """Whether a DeepSeek-V3 has routed layers, as nearly all have."""
+    dense = config.get("first_k_dense_replace", 3)
+    return config.get("model_type") == "deepseek_v3" and dense < config["num_hidden_layers"]
 
 
 def _has_window(config: Mapping[str, Any]) -> bool:
