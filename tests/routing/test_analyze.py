@@ -408,7 +408,10 @@ def test_the_page_works_in_a_browser(page, tmp_path):
     assert found["faded"] == 40 - count
 
 
-def test_report_draws_again(page):
+def test_report_draws_again(page, monkeypatch):
+    from moesaic.report import routing_page
+
+    monkeypatch.setattr(routing_page, "figures_of", lambda analysis: {})  # they take seconds
     (page / "report.html").unlink()
     result = run_cli("route", "report", page)
     assert result.exit_code == 0, result.stderr
