@@ -25,6 +25,8 @@ HEAVY = {"torch", "transformers", "numpy", "datasets", "matplotlib"}
 NEIGHBOURS = {
     ("models", "kernels"),  # models register the experts kernels
     ("training", "routing"),  # a run listens to its own routers, before there is a directory
+    ("plan", "construct"),  # a plan reads the files of what it foretells
+    ("plan", "training"),
     ("routing", "report"),  # an analysis ends with its page, which reads its directory only
 }
 

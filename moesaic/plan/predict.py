@@ -1,0 +1,329 @@
+"""Foretell what a model, a construction or a training run takes, before anything is made.
+
+A file says by its keys which of the three it is: `model_type` a new model, `experts` a
+construction, `data` and `tokens` or `steps` a training run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from moesaic.construct.routers import ROUTERS
+from moesaic.construct.scratch import InitConfig, empty_model, model_config
+from moesaic.construct.splits import SPLITS
+from moesaic.core.config import Config, load, override, parse, read_yaml
+from moesaic.core.errors import UserError, nearest
+from moesaic.models.anatomy import build
+from moesaic.models.catalog import aliases, find
+from moesaic.plan.construction import Construction
+from moesaic.plan.machine import Machine
+from moesaic.plan.sizes import Sizes, sizes
+from moesaic.recipes import Kind, locate, recipes
+from moesaic.training.config import TrainConfig
+
+__all__ = ["ConstructRecipe", "Plan", "plan"]
+
+_TYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_KINDS: tuple[Kind, ...] = ("train", "init", "construct")
+
+
+class ConstructRecipe(Config):
+    """The keys of a construction that decide its cost."""
+
+    model: str
+    """A dense model: directory, alias, or a preset such as llama-2-7b for its shape alone."""
+    experts: int = Field(ge=1)
+    """All experts of a layer, shared ones included."""
+    top_k: int = Field(ge=1)
+    """Experts active for a token, shared ones included."""
+    shared: int = Field(default=0, ge=0)
+    """Experts that are always on."""
+    split: str | dict[str, Any] = "energy"
+    """How neurons are divided."""
+    router: str | dict[str, Any] = "energy"
+    """How routers begin."""
+    weighting: str | dict[str, Any] = "one"
+    """How chosen experts add up."""
+    refit: str | dict[str, Any] | None = "down"
+    """How down projections are refitted."""
+    data: Any = None
+    """Calibration text."""
+    tokens: int = Field(default=65_536, ge=1)
+    """Calibration tokens."""
+    context: int = Field(default=512, ge=2)
+    """Tokens in a row."""
+    seed: int = 0
+    """Seed of everything random."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is foretold."""
+
+    what: str
+    kind: Literal["model", "construct", "train"]
+    architecture: str
+    parameters: int
+    active: int
+    parts: dict[str, int]
+    """Parameters by part."""
+    memory: dict[str, dict[str, int]]
+    """Bytes by use and part."""
+    peak: dict[str, int]
+    """Bytes by use, at the worst moment."""
+    seconds: dict[str, dict[str, float]]
+    """Seconds by use and stage."""
+    machine: Machine
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return asdict(self)
+
+
+def plan(
+    what: Path | str,
+    *,
+    machine: Machine,
+    model: Path | str | None = None,
+    batch: int = 1,
+    context: int = 4096,
+    overrides: Sequence[str] = (),
+) -> Plan:
+    """Foretell memory and time of a YAML file, a shipped recipe or preset, or a model.
+
+    `model` takes the place of the file's. `batch` and `context` are those of running a model.
+    Raises UserError for a name that is nothing of this, and for a file that describes nothing.
+    """
+    kind, source = _identify(what)
+    if kind == "train":
+        return _train(what, load(TrainConfig, source, overrides=overrides), machine, model)
+    if kind == "construct":
+        given = override(read_yaml(source), overrides)
+        recipe = parse(ConstructRecipe, given, source=str(source))
+        return _construct(what, recipe, machine, model)
+    if kind == "init":
+        preset = load(InitConfig, source, overrides=overrides)
+        return _model(what, _shape(preset), _TYPES[preset.dtype], machine, batch, context)
+    if overrides:
+        raise UserError(f"--set changes keys of a file, but {what} is a model. Leave it out.")
+    return _model(what, *_any_model(what), machine, batch, context)
+
+
+def _identify(what: Path | str) -> tuple[Kind | None, Path]:
+    """The kind and file of a recipe or YAML file; None for a model."""
+    path = Path(what)
+    if path.suffix not in (".yaml", ".yml"):
+        if any(str(what) in recipes(kind) for kind in _KINDS):
+            return locate(str(what))
+        if not path.exists() and "/" not in str(what) and str(what) not in aliases():
+            names = [name for kind in _KINDS for name in recipes(kind)] + list(aliases())
+            raise UserError(
+                f"{what} is no file, recipe, preset, model directory or alias."
+                f"{nearest(str(what), names)} `moesaic recipe list` shows what there is."
+            )
+        return None, path
+    keys = read_yaml(path)
+    marks: Mapping[Kind, str] = {"init": "model_type", "construct": "experts", "train": "data"}
+    for kind, mark in marks.items():
+        if mark in keys and not (kind == "construct" and "batch" in keys):
+            return kind, path
+    raise UserError(
+        f"{path} has none of the keys model_type (a new model), experts (a construction) or data "
+        "(a training run). Give a file of one of these kinds."
+    )
+
+
+def _shape(preset: InitConfig) -> Any:
+    return empty_model(model_config(preset))
+
+
+def _model(
+    what: Path | str, shape: Any, itemsize: int, machine: Machine, batch: int, context: int
+) -> Plan:
+    found = sizes(shape)
+    running = found.running(batch=batch, context=context, itemsize=itemsize)
+    training = found.training(batch=1, context=context, precision="mixed", recompute=True)
+    # A token alone reads every active weight once; many tokens at a time are products.
+    decode = max(found.active * itemsize / machine.memory_rate, 2 * found.active / machine.model)
+    use, step = f"run, {batch} x {context} tokens", f"train, 1 x {context} tokens at a time"
+    return Plan(
+        what=str(what),
+        kind="model",
+        memory={use: running, step: training},
+        peak={use: sum(running.values()), step: sum(training.values())},
+        seconds={
+            "run": {
+                "a text's next token": decode,
+                f"a prompt of {context} tokens": 2 * found.active * context / machine.model,
+            },
+            "train": {"a million tokens": 8e6 * found.active / machine.model},
+        },
+        machine=machine,
+        notes=["training: float32 weights and AdamW, activations recomputed"],
+        **_counts(found),
+    )
+
+
+def _train(
+    what: Path | str, config: TrainConfig, machine: Machine, model: Path | str | None
+) -> Plan:
+    model = model or config.model
+    if model is None:
+        raise UserError(f"{what} names no model. Give one with --model.")
+    found = sizes(_any_model(model)[0])
+    precision: Any = config.precision
+    if precision == "auto":
+        precision = "fp32" if machine.model == machine.float32 else "mixed"
+    recompute = config.gradient_checkpointing
+    length, micro = config.data.block_size, config.batch.size
+    memory = found.training(batch=micro, context=length, precision=precision, recompute=recompute)
+    per_step = config.batch.sequences * length
+    steps = config.steps or (config.tokens or 0) // per_step
+    rate = machine.model if precision != "fp32" else machine.float32
+    operations = (8 if recompute else 6) * found.active * steps * per_step
+    use = f"train, {micro} x {length} tokens at a time"
+    return Plan(
+        what=str(what),
+        kind="train",
+        memory={use: memory},
+        peak={use: sum(memory.values())},
+        seconds={f"train, {steps:,} steps": {"forward and backward": operations / rate}},
+        machine=machine,
+        notes=[
+            "one device at the rate of large products, which small models do not reach; evaluation "
+            "and data not counted"
+        ],
+        **_counts(found),
+    )
+
+
+def _construct(
+    what: Path | str, recipe: ConstructRecipe, machine: Machine, model: Path | str | None
+) -> Plan:
+    dense, itemsize = _any_model(model or recipe.model)
+    shape = dense.config
+    if shape.model_type not in ("llama", "mistral"):
+        raise UserError(
+            f"{model or recipe.model} is of type {shape.model_type!r}. Plan the construction of a "
+            "dense llama or mistral."
+        )
+    mixture = sizes(_mixture(shape, recipe))
+    attention = sum(
+        parameter.numel()
+        for name, parameter in dense.named_parameters()
+        if ".layers.0.self_attn." in name
+    )
+    work = Construction(
+        hidden=shape.hidden_size,
+        width=shape.intermediate_size,
+        layers=shape.num_hidden_layers,
+        attention=attention,
+        vocabulary=shape.vocab_size,
+        experts=recipe.experts,
+        itemsize=itemsize,
+        total=mixture.total,
+        split_sees=_sees(SPLITS, recipe.split),
+        router_sees=_sees(ROUTERS, recipe.router),
+        refit=recipe.refit is not None,
+        tokens=recipe.tokens,
+        context=recipe.context,
+    )
+    running = mixture.running(batch=1, context=4096)
+    return Plan(
+        what=str(what),
+        kind="construct",
+        memory={"construct, host": work.memory(), "run, 1 x 4096 tokens": running},
+        peak={"construct, host": work.peak(), "run, 1 x 4096 tokens": sum(running.values())},
+        seconds={
+            "construct": {stage.name: stage.seconds(machine) for stage in work.stages()},
+            "one layer": {s.name: s.seconds(machine) for s in work.one_layer().stages()},
+        },
+        machine=machine,
+        notes=[f"{work.tokens:,} calibration tokens" if work.reads_text else "reads no text"],
+        **_counts(mixture),
+    )
+
+
+def _sees(registry: Any, choice: str | Mapping[str, Any]) -> Literal["nothing", "weights", "text"]:
+    """What a registered method looks at. Raises UserError for an unknown one."""
+    method: Any = registry.resolve(choice)
+    if getattr(type(method), "needs_data", False):
+        return "text"
+    key = type(method).__module__.rpartition(".")[2]
+    return "weights" if key in ("cluster", "gradient", "sharing_inner") else "nothing"
+
+
+def _mixture(shape: Any, recipe: ConstructRecipe) -> Any:
+    """The mixture that a dense LLaMA of this shape becomes, on the meta device."""
+    from moesaic.models.llama_moe import LlamaMoEConfig, LlamaMoEForCausalLM
+    from moesaic.models.llama_moe_residual import (
+        LlamaMoEResidualConfig,
+        LlamaMoEResidualForCausalLM,
+    )
+    from moesaic.models.load import on_meta
+
+    routed, selects = recipe.experts - recipe.shared, recipe.top_k - recipe.shared
+    if not (routed >= 1 and 1 <= selects <= routed):
+        raise UserError(
+            f"experts={recipe.experts}, shared={recipe.shared} and top_k={recipe.top_k} do not go "
+            "together: top_k counts shared experts and is more than they are."
+        )
+    if shape.intermediate_size % recipe.experts:
+        raise UserError(
+            f"experts={recipe.experts} does not divide the {shape.intermediate_size} neurons of a "
+            f"layer. Use a divisor, such as {math.gcd(shape.intermediate_size, 64)}."
+        )
+    width = shape.intermediate_size // recipe.experts
+    fields = {
+        name: getattr(shape, name)
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "tie_word_embeddings",
+            "attention_bias",
+        )
+        if getattr(shape, name, None) is not None
+    }
+    fields |= {"num_experts": routed, "num_selects": selects, "gate_network": "linear"}
+    fields |= {"pad_token_id": None}
+    if not recipe.shared:
+        whole = LlamaMoEConfig(**fields, intermediate_size=shape.intermediate_size)
+        return on_meta(whole, LlamaMoEForCausalLM)
+    residual = LlamaMoEResidualConfig(
+        **fields,
+        intermediate_size=shape.intermediate_size,
+        intermediate_size_moe=routed * width,
+        intermediate_size_residual=recipe.shared * width,
+        num_experts_residual=recipe.shared,
+    )
+    return on_meta(residual, LlamaMoEResidualForCausalLM)
+
+
+def _any_model(model: Path | str) -> tuple[Any, int]:
+    """A preset's or a model's shape on the meta device, and the bytes of a stored number."""
+    if str(model) in recipes("init") and not Path(model).exists():
+        preset = load(InitConfig, recipes("init")[str(model)])
+        return _shape(preset), _TYPES[preset.dtype]
+    source = find(model, config_only=True)
+    stored = source.config.get("dtype") or source.config.get("torch_dtype")
+    return build(source), _TYPES.get(str(stored), 2)
+
+
+def _counts(found: Sizes) -> dict[str, Any]:
+    return {
+        "architecture": found.anatomy.architecture,
+        "parameters": found.total,
+        "active": found.active,
+        "parts": found.parts,
+    }
