@@ -81,7 +81,8 @@ def draw_moesaic(
     """Put dense model, split and router together; `selects` is K, `scale` the score factor.
 
     The chosen experts are weighted as in LLaMA-MoE: by a softmax over the K, times `scale`; the
-    shared ones are added as they are. Raises UserError for experts of unequal width and for a
+    shared ones are added as they are. Of a DeepSeek-V3, weights are its sigmoids, scaled so that
+    for logits of zero they are the same. Raises UserError for experts of unequal width and for a
     router that is not one matrix.
     """
     if router.gate != "linear":
@@ -97,6 +98,11 @@ def draw_moesaic(
                 f"The {what} experts of the split hold {min(found)} to {max(found)} neurons, but "
                 "those of moesaic_moe are of one width. Make a split with equal experts."
             )
+    sigmoid = dense.family.model_type == "deepseek_v3"
+    if sigmoid:
+        factors = scale if isinstance(scale, list) else [scale] * dense.layers
+        factors = [2 * factor / selects for factor in factors]
+        scale = factors if len(set(factors)) > 1 else factors[0]
     config = {
         "architectures": ["MoesaicMoeForCausalLM"],
         "model_type": "moesaic_moe",
@@ -107,7 +113,7 @@ def draw_moesaic(
         "num_experts_per_tok": selects,
         "moe_intermediate_size": widths.pop(),
         "shared_expert_intermediate_size": together.pop(),
-        "weighting": "renormalised",
+        "weighting": "sigmoid" if sigmoid else "renormalised",
         "routed_scaling_factor": scale,
         "router_bias": "bias" in router.layers[0],
         **{
