@@ -2,7 +2,8 @@
 
 Notation: L layers, E routed experts, R shared experts, D hidden size. A router of network `mlp` is
 W2 tanh(W1 x) with W1 [E, D] ("0.weight") and W2 [E, E] ("2.weight"); `linear` is W x with W [E, D]
-("weight"). No biases. Shared experts have a linear router of their own, [R, D].
+("weight"), to which a closed-form fit may add a "bias" [E]; `glu` is |silu(G x) * (U x)| with G and
+U [E, D] ("gate.weight", "up.weight"). Shared experts have a linear router of their own, [R, D].
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,7 +34,9 @@ __all__ = ["FILE_NAME", "Gate", "RouterInit", "RouterInputs", "RouterMethod", "m
 FILE_NAME = "router.safetensors"
 FORMAT = "moesaic.router_init/1"
 
-Gate = Literal["mlp", "linear"]
+Gate = Literal["mlp", "linear", "glu"]
+_NETWORKS: tuple[Gate, ...] = ("mlp", "linear")
+_FIRST: dict[Gate, str] = {"mlp": "0.weight", "linear": "weight", "glu": "gate.weight"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,13 +66,10 @@ class RouterInit:
                     f"Layer {index} of the router init holds {layer}, layer 0 {shapes[0]}. "
                     "Make every layer alike."
                 )
-        rows = shapes[0].get("0.weight", shapes[0].get("weight", (0,)))[0]
-        if set(shapes[0]) not in ({"weight"}, {"0.weight", "2.weight"}) or (
-            "2.weight" in shapes[0] and shapes[0]["2.weight"] != (rows, rows)
-        ):
+        if not _fits(shapes[0]):
             raise UserError(
-                f"The router init holds {shapes[0]} per layer. Give weight [E, D], or 0.weight "
-                "[E, D] with 2.weight [E, E]."
+                f"The router init holds {shapes[0]} per layer. Give weight [E, D] (and bias [E]), "
+                "0.weight [E, D] with 2.weight [E, E], or gate.weight with up.weight [E, D]."
             )
 
     @classmethod
@@ -93,7 +93,14 @@ class RouterInit:
     @property
     def gate(self) -> Gate:
         """Which network the weights are for."""
+        if "gate.weight" in self.layers[0]:
+            return "glu"
         return "linear" if "weight" in self.layers[0] else "mlp"
+
+    @property
+    def bias(self) -> bool:
+        """Whether the linear network has a bias."""
+        return "bias" in self.layers[0]
 
     @property
     def num_experts(self) -> int:
@@ -107,7 +114,7 @@ class RouterInit:
 
     @property
     def _first(self) -> torch.Tensor:
-        return self.layers[0]["weight" if self.gate == "linear" else "0.weight"]
+        return self.layers[0][_FIRST[self.gate]]
 
     def save(self, path: Path) -> Path:
         """Write one safetensors file: `layers.{i}.gate_network.*`, `layers.{i}.shared.weight`."""
@@ -156,6 +163,20 @@ class RouterInit:
         return cls(layers, shared, json.loads(header.get("meta", "{}")))
 
 
+def _fits(shapes: dict[str, tuple[int, ...]]) -> bool:
+    rows = next(iter(shapes.values()), (0,))[0]
+    match sorted(shapes):
+        case ["weight"]:
+            return True
+        case ["bias", "weight"]:
+            return shapes["bias"] == (shapes["weight"][0],)
+        case ["0.weight", "2.weight"]:
+            return shapes["2.weight"] == (shapes["0.weight"][0],) * 2
+        case ["gate.weight", "up.weight"]:
+            return shapes["gate.weight"] == shapes["up.weight"] and rows > 0
+    return False
+
+
 @dataclass
 class RouterInputs:
     """What a router init may look at."""
@@ -198,7 +219,7 @@ class RouterMethod(Config):
 
     needs_data: ClassVar[bool] = False
     """Whether the method reads text."""
-    networks: ClassVar[tuple[Gate, ...]] = get_args(Gate)
+    networks: ClassVar[tuple[Gate, ...]] = _NETWORKS
     """The router networks it can make weights for."""
 
     @property

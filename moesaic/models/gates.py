@@ -19,7 +19,8 @@ from torch import nn
 from moesaic.core.errors import UserError, unknown
 from moesaic.models.randomness import Randomness
 
-GateNetwork = Literal["mlp", "linear"]
+GateNetwork = Literal["mlp", "linear", "glu"]
+Weighting = Literal["scores", "one"]
 LoadRule = Literal["shazeer", "original"]
 ScoreRule = Literal["probability", "original"]
 
@@ -45,7 +46,9 @@ class Gate(nn.Module):
     """What all gates share: the network (if any), the settings, the sums over tokens.
 
     `network=None` builds a gate without parameters. "mlp" is D -> E, tanh, E -> E; "linear" is D ->
-    E; no biases.
+    E; "glu" is one gated neuron an expert, |silu(gate x) * (up x)| (CMoE's). Only "linear" has a
+    bias, and only when asked for. `weighting="one"` weighs a chosen expert by 1 + u_e * s_e: s is
+    the softmax over all experts, u a learned vector that starts at zero (`correction`).
     """
 
     is_moe_router = True  # how `moesaic.recording` knows it
@@ -64,6 +67,8 @@ class Gate(nn.Module):
         noise_epsilon: float = 1e-2,
         load_rule: LoadRule = "shazeer",
         score_rule: ScoreRule = "probability",
+        bias: bool = False,
+        weighting: Weighting = "scores",
     ) -> None:
         super().__init__()
         self.hidden_size = hidden_size
@@ -84,11 +89,14 @@ class Gate(nn.Module):
                 nn.Linear(num_experts, num_experts, bias=False),
             )
         elif network == "linear":
-            self.gate_network = nn.Linear(hidden_size, num_experts, bias=False)
+            self.gate_network = nn.Linear(hidden_size, num_experts, bias=bias)
+        elif network == "glu":
+            self.gate_network = RepresentativeNeurons(hidden_size, num_experts)
         elif network is None:
             self.gate_network = None
         else:
-            raise unknown("gate network", str(network), ("mlp", "linear"))
+            raise unknown("gate network", str(network), ("mlp", "linear", "glu"))
+        self.correction = nn.Parameter(torch.zeros(num_experts)) if weighting == "one" else None
 
     def forward(
         self, x_TD: torch.Tensor, valid_T: torch.Tensor | None = None, statistics: bool = True
@@ -101,6 +109,15 @@ class Gate(nn.Module):
             return torch.zeros(x_TD.shape[0], self.num_experts, device=x_TD.device)
         logits_TE: torch.Tensor = self.gate_network(x_TD)
         return logits_TE.float()
+
+    def _weights(
+        self, logits_TE: torch.Tensor, ids_TK: torch.Tensor, scores_TK: torch.Tensor
+    ) -> torch.Tensor:
+        """Weights [T, K] of the chosen experts: their scores, or 1 + u_e * s_e."""
+        if self.correction is None:
+            return scores_TK
+        shares_TK = logits_TE.softmax(dim=-1).gather(1, ids_TK)
+        return 1.0 + self.correction.float()[ids_TK] * shares_TK
 
     def _measured(
         self, ids_TK: torch.Tensor, scores_TK: torch.Tensor, valid_T: torch.Tensor | None
@@ -116,6 +133,19 @@ class Gate(nn.Module):
 
     def extra_repr(self) -> str:
         return f"experts={self.num_experts}, selects={self.num_selects}, softmax={self.use_softmax}"
+
+
+class RepresentativeNeurons(nn.Module):
+    """|silu(gate x) * (up x)|: one gated neuron for each expert, as in CMoE (arXiv 2502.04416)."""
+
+    def __init__(self, hidden_size: int, num_experts: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(hidden_size, num_experts, bias=False)
+        self.up = nn.Linear(hidden_size, num_experts, bias=False)
+
+    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """Map x_TD to logits [T, E]."""
+        return (F.silu(self.gate(x_TD)) * self.up(x_TD)).abs()
 
 
 class NoiseWeight(nn.Linear):
@@ -170,10 +200,11 @@ class TopKBalancedNoisyGate(Gate):
         top_TK1, ids_TK1 = ranked_TE.topk(min(K + 1, E), dim=-1)
         kept_TK, ids_TK = top_TK1[:, :K], ids_TK1[:, :K]
         scores_TK = kept_TK.softmax(dim=-1) if self.use_softmax else kept_TK
-        weights_TK = scores_TK.to(x_TD.dtype)
+        weights_TK = self._weights(logits_TE, ids_TK, scores_TK).to(x_TD.dtype)
         if not statistics:
             return GateOutput(logits_TE, weights_TK, ids_TK, None, None, None)
 
+        # importance sums scores even where weights are 1: it must pull the router to balance
         load_E, importance_E = self._measured(ids_TK, scores_TK, valid_T)
         if noise_TE is not None and sigma_TE is not None and K < E:
             judged_TE = noise_TE if self.load_rule == "original" else ranked_TE

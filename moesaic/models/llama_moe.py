@@ -55,6 +55,7 @@ from moesaic.models.gates import (
     NoiseWeight,
     ScoreRule,
     TopKBalancedNoisyGate,
+    Weighting,
 )
 from moesaic.models.padding import last_tokens, share_of_step, valid_tokens
 from moesaic.models.randomness import Randomness
@@ -117,7 +118,11 @@ class LlamaMoEConfig(PreTrainedConfig):
     gate_type: str = "TopKBalancedNoisyGate"
     """A name of `gates.GATES`."""
     gate_network: GateNetwork = "mlp"
-    """"mlp" (D -> E, tanh, E -> E) or "linear" (D -> E)."""
+    """"mlp" (D -> E, tanh, E -> E), "linear" (D -> E) or "glu" (one gated neuron an expert)."""
+    gate_bias: bool = False
+    """Whether a "linear" network has a bias."""
+    gate_weighting: Weighting = "scores"
+    """Weight of a chosen expert: its score, or ("one") 1 + u_e * s_e with u learned from zero."""
     gate_use_softmax: bool = True
     gate_use_balance: bool = True
     gate_balance_loss_weight: float = 1e-2
@@ -158,13 +163,23 @@ class LlamaMoEConfig(PreTrainedConfig):
             if getattr(self, field) not in names:
                 raise unknown(field, str(getattr(self, field)), names)
         for field, choices in (
-            ("gate_network", ("mlp", "linear")),
+            ("gate_network", ("mlp", "linear", "glu")),
+            ("gate_weighting", ("scores", "one")),
             ("dropped_padding", ("zero", "input")),
             ("load_rule", ("shazeer", "original")),
             ("score_rule", ("probability", "original")),
         ):
             if getattr(self, field) not in choices:
                 raise unknown(field, str(getattr(self, field)), choices)
+        if self.gate_weighting == "one" and self.gate_type != "TopKBalancedNoisyGate":
+            raise UserError(
+                f"gate_weighting='one' with {self.gate_type}. "
+                "Use gate_type='TopKBalancedNoisyGate', or gate_weighting='scores'."
+            )
+        if self.gate_bias and self.gate_network != "linear":
+            raise UserError(
+                f"gate_bias with gate_network={self.gate_network!r}. Use gate_network='linear'."
+            )
         if not 1 <= self.num_selects <= self.num_experts:
             raise UserError(
                 f"num_selects={self.num_selects} but the model has {self.num_experts} experts. "
@@ -405,6 +420,8 @@ class LlamaMoEBlock(nn.Module):
             noise_epsilon=config.gate_noise_epsilon,
             load_rule=config.load_rule,
             score_rule=config.score_rule,
+            bias=config.gate_bias,
+            weighting=config.gate_weighting,
         )
         self.calculator = CALCULATORS[config.calculator_type](
             make_experts(config, config.expert_sizes(layer_idx)),
@@ -527,6 +544,9 @@ class LlamaMoEPreTrainedModel(PreTrainedModel):
             module.zero_padding()
         elif isinstance(module, NoiseWeight):
             init.zeros_(module.weight)
+        elif isinstance(module, Gate):
+            if module.correction is not None:
+                init.zeros_(module.correction)
         elif isinstance(module, WeightNorm):
             init.constant_(module.weight, module.scale)
         elif isinstance(module, UniversalCalculator) and module.bias_down is not None:

@@ -1,0 +1,97 @@
+"""Neurons to experts of equal size, so that the neurons' gains add up to the most.
+
+Notation: F neurons, E experts, gain_FE what neuron f is worth in expert e.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["assign"]
+
+
+def assign(gain_FE: NDArray[np.floating], *, rounds: int = 200) -> NDArray[np.int64]:
+    """Return the expert of every neuron, F / E neurons each, int64 [F], with the largest total gain.
+
+    Starts from a greedy division and cancels negative cycles among the E experts: an edge a -> b
+    is the cheapest neuron to move from a to b; while some cycle gains, its neurons move. That ends
+    at the optimum of the transport problem with memory F x E and no F x F matrix.
+    """
+    count, experts = gain_FE.shape
+    size = count // experts
+    gain_FE = np.asarray(gain_FE, np.float64)
+    labels = _greedy(gain_FE, size)
+    least = 1e-9 * max(float(np.abs(gain_FE).max(initial=0.0)), 1e-300)
+    for _ in range(rounds * experts):
+        cost_EE, move_EE = _moves(gain_FE, labels, experts)
+        cycle = _negative_cycle(cost_EE, least)
+        if cycle is None:
+            break
+        for here, there in zip(cycle, [*cycle[1:], cycle[0]], strict=True):
+            labels[move_EE[here, there]] = there
+    return labels
+
+
+def _greedy(gain_FE: NDArray[np.float64], size: int) -> NDArray[np.int64]:
+    """Most decided neurons first, each to its best expert that has room."""
+    count, experts = gain_FE.shape
+    labels = np.empty(count, np.int64)
+    room = np.full(experts, size)
+    if experts > 1:
+        two = np.partition(gain_FE, experts - 2, axis=1)[:, -2:]
+        order = np.argsort(-(two[:, 1] - two[:, 0]), kind="stable")
+    else:
+        order = np.arange(count)
+    wishes_FE = np.argsort(-gain_FE, axis=1, kind="stable")
+    for neuron in order:
+        for expert in wishes_FE[neuron]:
+            if room[expert]:
+                labels[neuron] = expert
+                room[expert] -= 1
+                break
+    return labels
+
+
+def _moves(
+    gain_FE: NDArray[np.float64], labels: NDArray[np.int64], experts: int
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Loss of the cheapest move from a to b, and the neuron that makes it."""
+    cost_EE = np.full((experts, experts), np.inf)
+    move_EE = np.zeros((experts, experts), np.int64)
+    for here in range(experts):
+        members = np.flatnonzero(labels == here)
+        loss_ME = gain_FE[members, here][:, None] - gain_FE[members]
+        first = loss_ME.argmin(0)
+        cost_EE[here] = loss_ME[first, np.arange(experts)]
+        move_EE[here] = members[first]
+        cost_EE[here, here] = np.inf
+    return cost_EE, move_EE
+
+
+def _negative_cycle(cost_EE: NDArray[np.float64], least: float) -> list[int] | None:
+    """Bellman-Ford from a root joined to every expert: a cycle whose costs sum below zero."""
+    experts = len(cost_EE)
+    reach = np.zeros(experts)
+    parent = np.full(experts, -1)
+    changed = -1
+    for _ in range(experts):
+        through = reach[:, None] + cost_EE
+        best = through.argmin(0)
+        value = through[best, np.arange(experts)]
+        better = value < reach - least
+        if not better.any():
+            return None
+        reach[better] = value[better]
+        parent[better] = best[better]
+        changed = int(np.flatnonzero(better)[0])
+    node = changed
+    for _ in range(experts):
+        node = int(parent[node])
+    cycle = [node]
+    at = int(parent[node])
+    while at != node:
+        cycle.append(at)
+        at = int(parent[at])
+    cycle.reverse()
+    return cycle

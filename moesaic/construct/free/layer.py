@@ -1,0 +1,116 @@
+"""One layer of a construction: its experts, its router, what they give, what they miss.
+
+Notation: T tokens, D hidden size, F dense neurons, E routed experts, K chosen, P neurons held by
+the layer's experts (shared ones last; a neuron of two experts counts twice).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from moesaic.construct.free.fit import captured, choose
+from moesaic.construct.free.view import LayerView, sums_by_expert
+from moesaic.construct.method import LayerSplit
+from moesaic.models.gates import TopKBalancedNoisyGate
+
+__all__ = ["ConvertedLayer"]
+
+_PART = 8192
+
+
+@dataclass
+class ConvertedLayer:
+    """The converted feed-forward layer; `down_PD` is as the split made it, `refit_PD` refitted."""
+
+    parts: LayerSplit
+    router: dict[str, torch.Tensor]
+    gate: TopKBalancedNoisyGate
+    scale: float
+    down_PD: torch.Tensor
+    down_bias_D: torch.Tensor | None = None
+    refit_PD: torch.Tensor | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def order_P(self) -> torch.Tensor:
+        """Neuron ids, expert by expert, shared ones last."""
+        return torch.from_numpy(np.concatenate([*self.parts.experts, *self.parts.shared]))
+
+    @property
+    def owner_P(self) -> torch.Tensor:
+        """Routed expert of each place; E for shared neurons."""
+        sizes = [len(ids) for ids in self.parts.experts]
+        owners = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+        rest = sum(len(ids) for ids in self.parts.shared)
+        return torch.cat([owners, torch.full((rest,), len(sizes))])
+
+    @torch.inference_mode()
+    def weights(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """Weight of every expert, 0 where it is not chosen, and a last column of ones: [T, E+1]."""
+        ids_TK, weights_TK = [], []
+        for part in x_TD.split(_PART):
+            decision = self.gate(part, statistics=False)
+            ids_TK.append(decision.ids)
+            weights_TK.append(decision.weights * self.scale)
+        made_TE = torch.zeros(len(x_TD), len(self.parts.experts))
+        made_TE.scatter_(1, torch.cat(ids_TK), torch.cat(weights_TK))
+        return torch.cat([made_TE, torch.ones(len(x_TD), 1)], dim=1)
+
+    def features(self, neurons_TF: torch.Tensor, weights_TE: torch.Tensor) -> torch.Tensor:
+        """The neurons times the weight of their expert: [T, P]."""
+        return neurons_TF[:, self.order_P] * weights_TE[:, self.owner_P]
+
+    @torch.inference_mode()
+    def forward(
+        self, neurons_TF: torch.Tensor, weights_TE: torch.Tensor, *, refitted: bool
+    ) -> torch.Tensor:
+        """What the layer gives, [T, D]."""
+        down_PD = self.refit_PD if refitted and self.refit_PD is not None else self.down_PD
+        parts = [
+            self.features(neurons_TF[start : start + _PART], weights_TE[start : start + _PART])
+            @ down_PD
+            for start in range(0, len(neurons_TF), _PART)
+        ]
+        out_TD = torch.cat(parts)
+        return out_TD if self.down_bias_D is None else out_TD + self.down_bias_D
+
+    @torch.inference_mode()
+    def judge(self, view: LayerView, weights_TE: torch.Tensor, own_TD: torch.Tensor) -> None:
+        """Record load, captured energy and the all-experts-on difference, on held-back tokens."""
+        held_T = view.held_T
+        chosen_TE = (weights_TE[:, :-1] != 0).float()
+        load_E = chosen_TE.sum(0)
+        share_E = load_E / load_E.sum()
+        logs_E = torch.where(share_E > 0, share_E.log(), 0.0)
+        energy_TE = sums_by_expert(view.energy_TF[held_T], self.parts.experts)
+        oracle_TE = choose(energy_TE, min(view.top_k, energy_TE.shape[1]))
+        experts = len(load_E)
+        self.facts |= {
+            "layer": view.layer,
+            "captured": captured(energy_TE, chosen_TE[held_T]),
+            "oracle": captured(energy_TE, oracle_TE),
+            "load": [round(float(v), 4) for v in share_E],
+            "load_entropy": float(-(share_E * logs_E).sum() / np.log(experts)) if experts > 1 else 1,
+            "never_chosen": [e for e, v in enumerate(load_E.tolist()) if v == 0],
+        }
+        few = slice(0, min(2048, len(own_TD)))
+        ones = torch.ones(len(own_TD[few]), weights_TE.shape[1])
+        for name, refitted in (("all_on", False), ("all_on_refit", True)):
+            if refitted and self.refit_PD is None:
+                continue
+            given_TD = self.forward(view.neurons_TF[few], ones, refitted=refitted)
+            largest = float((given_TD - own_TD[few]).abs().max())
+            self.facts[name] = largest
+
+    def error(
+        self, view: LayerView, weights_TE: torch.Tensor, own_TD: torch.Tensor, *, refitted: bool
+    ) -> float:
+        """Share of the dense layer's output squares that is missed, on held-back tokens."""
+        held_T = view.held_T
+        given_TD = self.forward(view.neurons_TF[held_T], weights_TE[held_T], refitted=refitted)
+        wanted_TD = own_TD[held_T]
+        return float((given_TD - wanted_TD).square().sum() / wanted_TD.square().sum())

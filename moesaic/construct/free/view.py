@@ -1,0 +1,158 @@
+"""What a split, a router or a refit may look at in one layer, and the methods that look.
+
+Methods of this kind are asked layer by layer, each layer on the output of the layers that are
+converted already. Asked for a whole split (`moesaic split`), they see the dense model instead.
+Notation: T tokens, D hidden size, F dense neurons, E experts, c_TF energies of neurons.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+
+from moesaic.construct.activations import LayerStream, text_sample
+from moesaic.construct.method import LayerSplit, SplitInputs, SplitMethod
+from moesaic.construct.router import Gate, RouterInputs, RouterMethod
+
+__all__ = ["CalibratedRouter", "CalibratedSplit", "LayerView", "sums_by_expert"]
+
+Ids = NDArray[np.int64]
+
+
+@dataclass
+class LayerView:
+    """One feed-forward layer on calibration tokens; float32."""
+
+    layer: int
+    x_TD: torch.Tensor
+    """Inputs of the layer and of its router."""
+    neurons_TF: torch.Tensor
+    """act(gate x) * (up x), the inputs of the down projection."""
+    gate_FD: torch.Tensor
+    up_FD: torch.Tensor
+    down_DF: torch.Tensor
+    experts: int
+    """All experts, shared ones included."""
+    shared: int
+    top_k: int
+    """Routed experts of a token."""
+    context: int
+    seed: int
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def held_T(self) -> torch.Tensor:
+        """Every eighth row of text is held back: bool [T]."""
+        rows_T = torch.arange(len(self.x_TD)) // self.context
+        # Too few rows: every eighth token.
+        every = rows_T if int(rows_T[-1]) >= 7 else torch.arange(len(self.x_TD))
+        return every % 8 == 7
+
+    @cached_property
+    def energy_TF(self) -> torch.Tensor:
+        """Output energy of every neuron: h² ||column of W_down||²."""
+        return self.neurons_TF.square() * self.down_DF.square().sum(0)
+
+    def first(self, tokens: int) -> LayerView:
+        """The same layer on its first tokens only."""
+        if tokens >= len(self.x_TD):
+            return self
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        fields |= {"x_TD": self.x_TD[:tokens], "neurons_TF": self.neurons_TF[:tokens]}
+        return LayerView(**fields)
+
+
+class CalibratedSplit(SplitMethod):
+    """A split that looks at a layer's activations on text."""
+
+    needs_data: ClassVar[bool] = True
+    makes_shared: ClassVar[bool] = True
+
+    tokens: int = Field(default=65_536, ge=2)
+    """Tokens looked at."""
+    context: int = Field(default=512, ge=2)
+    """Tokens of a row, where the method reads the text itself."""
+    top_k: int = Field(default=2, ge=1)
+    """Routed experts of a token, where no router says it."""
+
+    @abstractmethod
+    def divide_layer(self, view: LayerView) -> LayerSplit:
+        """Divide one layer."""
+
+    def divide(self, inputs: SplitInputs) -> Iterator[LayerSplit]:
+        """Yield the split of every layer of the dense model in order."""
+        ids_BC = text_sample(inputs.model, inputs.data, tokens=self.tokens, context=self.context)
+        stream = LayerStream(inputs.dense, context=self.context)
+        top_k = min(self.top_k, inputs.experts - inputs.shared)
+        for seen in stream.layers(ids_BC):
+            mlp: Any = seen.module.mlp
+            view = LayerView(
+                seen.layer,
+                seen.normed_TD,
+                seen.neurons(),
+                mlp.gate_proj.weight,
+                mlp.up_proj.weight,
+                mlp.down_proj.weight,
+                experts=inputs.experts,
+                shared=inputs.shared,
+                top_k=top_k,
+                context=self.context,
+                seed=inputs.seed,
+            )
+            yield self.divide_layer(view)
+            if view.facts:
+                inputs.facts.setdefault("by_layer", []).append(view.facts)
+
+
+class CalibratedRouter(RouterMethod):
+    """A router init in closed form from a layer's activations on text."""
+
+    needs_data: ClassVar[bool] = True
+    networks: ClassVar[tuple[Gate, ...]] = ("linear",)
+
+    tokens: int = Field(default=65_536, ge=2)
+    """Tokens looked at."""
+    context: int = Field(default=512, ge=2)
+    """Tokens of a row, where the method reads the text itself."""
+
+    @abstractmethod
+    def fit_layer(self, view: LayerView, experts: Sequence[Ids]) -> dict[str, torch.Tensor]:
+        """Weights of one layer's router for these routed experts, as in `RouterInit.layers`."""
+
+    def build(self, inputs: RouterInputs) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield the router weights of every layer of the dense model in order."""
+        ids_BC = text_sample(inputs.model, inputs.data, tokens=self.tokens, context=self.context)
+        stream = LayerStream(inputs.dense, context=self.context)
+        shared = inputs.split.num_shared
+        for seen in stream.layers(ids_BC):
+            mlp: Any = seen.module.mlp
+            view = LayerView(
+                seen.layer,
+                seen.normed_TD,
+                seen.neurons(),
+                mlp.gate_proj.weight,
+                mlp.up_proj.weight,
+                mlp.down_proj.weight,
+                experts=inputs.split.num_experts + shared,
+                shared=shared,
+                top_k=inputs.top_k,
+                context=self.context,
+                seed=inputs.seed,
+            )
+            yield self.fit_layer(view, inputs.split.experts[seen.layer])
+
+
+def sums_by_expert(values_TF: torch.Tensor, experts: Sequence[Ids]) -> torch.Tensor:
+    """Sum of each expert's columns: [T, E]."""
+    member_FE = torch.zeros(values_TF.shape[1], len(experts))
+    for expert, ids in enumerate(experts):
+        member_FE[torch.from_numpy(ids), expert] = 1.0
+    return values_TF @ member_FE
