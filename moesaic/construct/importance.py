@@ -174,17 +174,21 @@ def similar_rows(ids_NC: NDArray[np.int64], count: int, *, seed: int) -> NDArray
 def load_scores(path: Path, *, layers: int, width: int, hook: str) -> NDArray[np.float32]:
     """Read scores made earlier: float32 [L, K, F].
 
-    `path` is a scores.safetensors, a directory that holds one, or a folder of LLaMA-MoE's with one
-    sub-folder per cluster. Raises UserError when it is none of these or made for another model.
+    `path` is a scores.safetensors, a directory that holds one, a folder of LLaMA-MoE's with one
+    sub-folder per cluster, or LLaMA-MoE-v2's importance_scores.pt. Raises UserError when it is none of these or made for another
+    model.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     from moesaic.construct.legacy import read_score_folders
+    from moesaic.construct.legacy_v2 import is_original, read_scores
 
     file = path / "scores.safetensors" if path.is_dir() else path
     if path.is_dir() and not file.exists():
         scores = read_score_folders(path, layers=layers, hook=hook)
+    elif is_original(file):
+        scores = read_scores(file)
     else:
         try:
             scores = load_file(file)["scores"]
