@@ -1,4 +1,4 @@
-"""What turning a dense model into a mixture costs, stage by stage, one layer in memory at a time.
+"""What turning a dense model into a mixture costs, stage by stage.
 
 Counted in operations: matrix products, eigenvectors, bytes moved in memory and to disk. What only
 the text decides, such as the rounds until a split rests, is counted at its limit.
@@ -16,8 +16,6 @@ from moesaic.plan.machine import Machine
 
 __all__ = ["Construction", "Stage"]
 
-_PART = 8192
-"""Tokens whose neurons are multiplied at a time."""
 _ROUNDS = 10
 """Rounds of a split that alternates."""
 _STRENGTHS = 12
@@ -63,22 +61,23 @@ class Construction:
     split_sees: Literal["nothing", "weights", "text"]
     router_sees: Literal["nothing", "weights", "text"]
     refit: bool
+    attention_refit: bool
+    refine: tuple[float, int] | None
+    """Passes of a layer-wise distillation over the tokens, and tokens of a step."""
+    active: float
+    """Share of the routed neurons that a token uses."""
     tokens: int
     context: int
-
-    @property
-    def reads_text(self) -> bool:
-        """Whether calibration tokens run through the model."""
-        return "text" in (self.split_sees, self.router_sees) or self.refit
 
     def stages(self) -> Iterator[Stage]:
         """Yield the work of every stage, all layers together."""
         T, D, F, E, L = self.tokens, self.hidden, self.width, self.experts, self.layers
         layer = (self.attention + 3 * D * F) * self.itemsize
-        if self.reads_text:
-            attend = 2 * T * self.attention + 2 * T * self.context * D
-            # two streams: what the dense model says, and what the converted layers make of it
-            yield Stage("run the text", 2 * L * (attend + 6 * T * D * F), moved=L * 4 * layer)
+        attend = 2 * T * self.attention + 2 * T * self.context * D
+        # Two streams, what the dense model says and what the converted layers make of it; the
+        # second goes through the experts once more, and again when they were refitted.
+        ffn = (12 + 2 + 2 * self.refit) * T * D * F
+        yield Stage("run the text", L * (2 * attend + ffn), moved=L * (4 * layer + 6 * T * F * 4))
         if self.split_sees == "weights":
             yield Stage("split", L * _ROUNDS * 2 * F * E * 2 * D, moved=L * _ROUNDS * F * 2 * D * 4)
         if self.split_sees == "text":
@@ -93,36 +92,68 @@ class Construction:
             moments = 2 * T * F * F + 2 * T * F * D
             trials = _STRENGTHS * 4 * F * F * D + 2 * F**3 / 3
             yield Stage("refit", L * (moments + trials), L * 9 * F**3, L * 2 * T * F * 4)
-        moved = 4 * L * 3 * D * F * self.itemsize
-        compare = 2 * L * 256 * 6 * D * F
+        if self.attention_refit:  # two more passes through attention, then as the refit
+            fit = 2 * T * D * D * 2 + _STRENGTHS * 4 * D**3
+            yield Stage("attention refit", L * (2 * attend + fit), L * 9 * D**3)
+        if self.refine is not None:
+            passes, batch = self.refine
+            trained = passes * T * 7 / 8
+            products = 3 * trained * 6 * D * F * self.active  # forward and twice that backward
+            # Adam reads and writes weights, gradients and two moments, and gradients are cleared
+            steps = max(1, trained / min(batch, T))
+            yield Stage("refine", L * products, moved=L * steps * 3 * D * F * 4 * 8)
+        moved = 3 * self.total * 4
+        yield Stage("assemble and write", 0, 0, moved, self.total * self.itemsize)
+
+    def convert(self) -> Stage:
+        """The work of `moesaic convert` with the random split, which reads no text."""
+        compare = 2 * 256 * 6 * self.hidden * self.width * self.layers
         written = self.total * self.itemsize
-        yield Stage("rearrange, compare, write", compare, 0, moved, written)
+        return Stage("convert", compare, moved=4 * written, written=written)
 
-    def memory(self) -> dict[str, int]:
-        """Bytes of host memory by part; of the last three, the largest is there at a time."""
+    def memory(self) -> dict[str, dict[str, int]]:
+        """Bytes of host memory by part, at each of the moments that could be the worst."""
         T, D, F = self.tokens, self.hidden, self.width
-        ffn = 3 * D * F * self.itemsize
-        attention = self.attention * self.itemsize
-        parts = {"two layers, as read and as rearranged": 2 * (2 * ffn + attention)}
-        if not self.reads_text:
-            return parts
-        parts["one layer in float32"] = (self.attention + 3 * D * F) * 4
-        parts["hidden states of two streams"] = 2 * 2 * T * D * 4
-        parts["neurons"] = T * F * 4
-        parts["embeddings"] = self.vocabulary * D * self.itemsize
+        layer = {
+            "finished layers": self.layers * self._finished() * 4,
+            "one layer in float32": (self.attention + 3 * D * F) * 4,
+            "hidden states of two streams": 6 * T * D * 4,
+            "neurons": T * F * 4,
+        }
+        at: dict[str, dict[str, int]] = {}
         if self.split_sees == "text":
-            parts["split: energies, inputs"] = 3 * T * F * 4 + 2 * T * D * 4
+            at["split"] = {**layer, "energies and inputs": 3 * T * F * 4 + 2 * T * D * 4}
         if self.router_sees == "text":
-            parts["router: energies, inputs, moments"] = T * F * 4 + 2 * T * D * 4 + 4 * D * D * 8
+            inputs = T * F * 4 + 2 * T * D * 4 + 4 * D * D * 8
+            at["router"] = {**layer, "energies, inputs, moments": inputs}
         if self.refit:
-            parts["refit: moments, eigenvectors"] = 3 * F * F * 4 + 4 * F * F * 8
-        return parts
+            at["refit"] = {**layer, "moments and eigenvectors": 3 * F * F * 4 + 4 * F * F * 8}
+        if self.refine is not None:
+            at["refine"] = {
+                **layer,
+                "weights, gradients, moments, targets": 15 * F * D * 4 + T * D * 4,
+            }
+        outside = self.layers * self.attention + 2 * self.vocabulary * D
+        at["assemble and write"] = {
+            "finished layers": layer["finished layers"],
+            "the mixture in float32": self.total * 4,
+            "what is taken over, in float32": outside * 4,
+        }
+        return at
 
-    def peak(self) -> int:
-        """Bytes at the worst moment: stages follow one another."""
-        parts = self.memory()
-        stages = [size for name, size in parts.items() if ":" in name]
-        return sum(parts.values()) - sum(stages) + max(stages, default=0)
+    def _finished(self) -> int:
+        """Numbers kept of a finished layer until the mixture is assembled."""
+        down = self.hidden * self.width
+        kept = (1 + self.refit) * down + self.attention_refit * self.hidden**2
+        return kept + (3 * down if self.refine is not None else 0)
+
+    def convert_memory(self) -> dict[str, int]:
+        """Bytes of host memory of `moesaic convert` with the random split, by part."""
+        ffn, attention = 3 * self.hidden * self.width, self.attention
+        return {
+            "two layers as read": 2 * (ffn + attention) * self.itemsize,
+            "two layers as rearranged": 2 * ffn * self.itemsize,
+        }
 
     def one_layer(self) -> Construction:
         """The same work on a model of one layer without embeddings, to be measured."""

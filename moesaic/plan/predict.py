@@ -12,12 +12,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
-
+from moesaic.construct.free.distil import Distillation
+from moesaic.construct.pipeline import Recipe
 from moesaic.construct.routers import ROUTERS
 from moesaic.construct.scratch import InitConfig, empty_model, model_config
 from moesaic.construct.splits import SPLITS
-from moesaic.core.config import Config, load, override, parse, read_yaml
+from moesaic.core.config import load, override, parse, read_yaml
 from moesaic.core.errors import UserError, nearest
 from moesaic.models.anatomy import build
 from moesaic.models.catalog import aliases, find
@@ -27,39 +27,10 @@ from moesaic.plan.sizes import Sizes, sizes
 from moesaic.recipes import Kind, locate, recipes
 from moesaic.training.config import TrainConfig
 
-__all__ = ["ConstructRecipe", "Plan", "plan"]
+__all__ = ["Plan", "plan"]
 
 _TYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _KINDS: tuple[Kind, ...] = ("train", "init", "construct")
-
-
-class ConstructRecipe(Config):
-    """The keys of a construction that decide its cost."""
-
-    model: str
-    """A dense model: directory, alias, or a preset such as llama-2-7b for its shape alone."""
-    experts: int = Field(ge=1)
-    """All experts of a layer, shared ones included."""
-    top_k: int = Field(ge=1)
-    """Experts active for a token, shared ones included."""
-    shared: int = Field(default=0, ge=0)
-    """Experts that are always on."""
-    split: str | dict[str, Any] = "energy"
-    """How neurons are divided."""
-    router: str | dict[str, Any] = "energy"
-    """How routers begin."""
-    weighting: str | dict[str, Any] = "one"
-    """How chosen experts add up."""
-    refit: str | dict[str, Any] | None = "down"
-    """How down projections are refitted."""
-    data: Any = None
-    """Calibration text."""
-    tokens: int = Field(default=65_536, ge=1)
-    """Calibration tokens."""
-    context: int = Field(default=512, ge=2)
-    """Tokens in a row."""
-    seed: int = 0
-    """Seed of everything random."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +77,7 @@ def plan(
         return _train(what, load(TrainConfig, source, overrides=overrides), machine, model)
     if kind == "construct":
         given = override(read_yaml(source), overrides)
-        recipe = parse(ConstructRecipe, given, source=str(source))
+        recipe = parse(Recipe, given, source=str(source))
         return _construct(what, recipe, machine, model)
     if kind == "init":
         preset = load(InitConfig, source, overrides=overrides)
@@ -205,13 +176,16 @@ def _train(
 
 
 def _construct(
-    what: Path | str, recipe: ConstructRecipe, machine: Machine, model: Path | str | None
+    what: Path | str, recipe: Recipe, machine: Machine, model: Path | str | None
 ) -> Plan:
-    dense, itemsize = _any_model(model or recipe.model)
+    model = model or recipe.model
+    if model is None:
+        raise UserError(f"{what} names no model. Give one with --model.")
+    dense, itemsize = _any_model(model)
     shape = dense.config
     if shape.model_type not in ("llama", "mistral"):
         raise UserError(
-            f"{model or recipe.model} is of type {shape.model_type!r}. Plan the construction of a "
+            f"{model} is of type {shape.model_type!r}. Plan the construction of a "
             "dense llama or mistral."
         )
     mixture = sizes(_mixture(shape, recipe))
@@ -232,27 +206,40 @@ def _construct(
         split_sees=_sees(SPLITS, recipe.split),
         router_sees=_sees(ROUTERS, recipe.router),
         refit=recipe.refit is not None,
+        attention_refit=recipe.attention is not None,
+        refine=_refined(recipe),
+        active=(recipe.top_k - recipe.shared) / (recipe.experts - recipe.shared),
         tokens=recipe.tokens,
         context=recipe.context,
     )
     running = mixture.running(batch=1, context=4096)
+    memory = {f"construct, {stage}": parts for stage, parts in work.memory().items()}
+    memory["convert --split random"] = work.convert_memory()
+    memory["run, 1 x 4096 tokens"] = running
+    converting = work.convert()
     return Plan(
         what=str(what),
         kind="construct",
-        memory={"construct, host": work.memory(), "run, 1 x 4096 tokens": running},
-        peak={"construct, host": work.peak(), "run, 1 x 4096 tokens": sum(running.values())},
+        memory=memory,
+        peak={use: sum(parts.values()) for use, parts in memory.items()},
         seconds={
             "construct": {stage.name: stage.seconds(machine) for stage in work.stages()},
-            "one layer": {s.name: s.seconds(machine) for s in work.one_layer().stages()},
+            "construct, one layer": {s.name: s.seconds(machine) for s in work.one_layer().stages()},
+            "convert --split random": {"all": converting.seconds(machine)},
         },
         machine=machine,
-        notes=[f"{work.tokens:,} calibration tokens" if work.reads_text else "reads no text"],
+        notes=[
+            f"{work.tokens:,} calibration tokens",
+            "construction runs on the CPU; the times of a GPU are those of the same operations",
+        ],
         **_counts(mixture),
     )
 
 
 def _sees(registry: Any, choice: str | Mapping[str, Any]) -> Literal["nothing", "weights", "text"]:
     """What a registered method looks at. Raises UserError for an unknown one."""
+    if isinstance(choice, str) and choice not in registry.names() and Path(choice).exists():
+        return "nothing"  # made before
     method: Any = registry.resolve(choice)
     if getattr(type(method), "needs_data", False):
         return "text"
@@ -260,7 +247,19 @@ def _sees(registry: Any, choice: str | Mapping[str, Any]) -> Literal["nothing", 
     return "weights" if key in ("cluster", "gradient", "sharing_inner") else "nothing"
 
 
-def _mixture(shape: Any, recipe: ConstructRecipe) -> Any:
+def _refined(recipe: Recipe) -> tuple[float, int] | None:
+    """Passes and tokens of a step of the layer-wise distillation, where there is one."""
+    if recipe.refine is None:
+        return None
+    given = recipe.refine if isinstance(recipe.refine, Mapping) else {"method": recipe.refine}
+    settings = {key: value for key, value in given.items() if key != "method"}
+    if given.get("method") != "layerwise":
+        raise UserError(f"refine={recipe.refine!r} was given. Use layerwise, or null.")
+    found = parse(Distillation, settings, source="refine layerwise")
+    return found.passes, found.batch
+
+
+def _mixture(shape: Any, recipe: Recipe) -> Any:
     """The mixture that a dense LLaMA of this shape becomes, on the meta device."""
     from moesaic.models.llama_moe import LlamaMoEConfig, LlamaMoEForCausalLM
     from moesaic.models.llama_moe_residual import (
