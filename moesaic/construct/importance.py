@@ -175,8 +175,8 @@ def load_scores(path: Path, *, layers: int, width: int, hook: str) -> NDArray[np
     """Read scores made earlier: float32 [L, K, F].
 
     `path` is a scores.safetensors, a directory that holds one, a folder of LLaMA-MoE's with one
-    sub-folder per cluster, or LLaMA-MoE-v2's importance_scores.pt. Raises UserError when it is none of these or made for another
-    model.
+    sub-folder per cluster, or LLaMA-MoE-v2's importance_scores.pt. Raises
+    UserError when it is none of these or made for another model.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file

@@ -145,6 +145,22 @@ def logit_difference(
     return max(differences), max(float(value.abs().max()) for value in wanted.values())
 
 
+@torch.inference_mode()
+def attention_difference(
+    before: Path, after: Path, *, rows: int = 2, length: int = 48
+) -> tuple[float, float]:
+    """Compare a model with itself after its attention became experts, all on and equal.
+
+    MLP experts are as they are in both. Returns as `logit_difference` does.
+    """
+    experts = Checkpoint(after).config["attn_experts"]
+    everything = {"top_k_attn": experts, "scale_factor_attn": float(experts)}
+    wanted = _outputs(before, {}, rows=rows, length=length)
+    given = _outputs(after, everything, rows=rows, length=length)
+    differences = [float((wanted[name] - given[name]).abs().max()) for name in wanted]
+    return max(differences), max(float(value.abs().max()) for value in wanted.values())
+
+
 def _all_experts(config: dict[str, Any]) -> dict[str, Any]:
     """Config fields under which every expert adds its output as it is."""
     if config["model_type"] == "moesaic_moe":
@@ -189,10 +205,11 @@ def _outputs(
     path: Path, overrides: dict[str, Any], *, rows: int, length: int
 ) -> dict[str, torch.Tensor]:
     model = _load(path, overrides).eval()
-    if "scale_factor" in overrides:  # softmax of zeros: every expert weighs 1 / E
-        for module in model.modules():
-            if getattr(module, "is_moe_router", False):
-                module.weight.data.zero_()
+    # Softmax of zeros: every expert weighs 1 / E.
+    silent = {"mlp": "scale_factor" in overrides, "attention": "scale_factor_attn" in overrides}
+    for module in model.modules():
+        if getattr(module, "is_moe_router", False) and silent[getattr(module, "routes", "mlp")]:
+            module.weight.data.zero_()
     vocabulary, longest = model.config.vocab_size, model.config.max_position_embeddings
     generator = torch.Generator().manual_seed(20240624)
     ids = torch.randint(0, vocabulary, (rows, min(length, longest)), generator=generator)
@@ -214,6 +231,11 @@ def _load(path: Path, overrides: dict[str, Any]) -> Any:
 
     import moesaic.models  # noqa: F401 - registers the families
 
+    if Checkpoint(path).config.get("model_type") == "mixtral":  # which may be a LLaMA-MoE-v2
+        from moesaic.models.load import load
+
+        with _no_bars():
+            return load(path, dtype=torch.float32, **overrides)
     named = str((Checkpoint(path).config.get("architectures") or ["ForCausalLM"])[0])
     heads = ("ForCausalLM", "ForSequenceClassification", "ForQuestionAnswering")
     head = next((head for head in heads if named.endswith(head)), "")
