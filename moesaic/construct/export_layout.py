@@ -131,6 +131,7 @@ def export_layout(
             difference_of="logits" if whole else "layers",
             largest_value=largest,
             flattened=job.flattened,
+            llama_cpp=job.rule == target.llama_cpp,
             folded=[job.fold(layer) for layer in range(job.view.layers)],
             parameters_total=sum(math.prod(shape) for _, _, shape in job.plan()),
         )
@@ -139,6 +140,13 @@ def export_layout(
             f"{layout} has no weights of 1: the routers are scaled by {FLATTEN:g}, which makes "
             f"the weights of chosen experts nearly equal; outputs differ by {difference:.2g}"
         )
+    if job.rule != target.llama_cpp:
+        known = (
+            f"always weighs {layout} by {target.llama_cpp}"
+            if target.llama_cpp
+            else f"has no {layout}"
+        )
+        note(f"for transformers and vLLM: llama.cpp {known}, this router weighs by {job.rule}")
     return out
 
 

@@ -55,6 +55,9 @@ class Layout:
     """The attention of these dense families is computed exactly."""
     rules: tuple[Rule, ...]
     """Router rules that it has; "one" is approached by flattening the first of them."""
+    llama_cpp: Rule | None
+    """The one rule that llama.cpp computes for it, whatever norm_topk_prob says; None: it has no
+    such architecture. (Its src/models/*.cpp, as vendored by llama-cpp-python 0.3.36.)"""
     shared: Literal["none", "any", "sigmoid", "whole"] = "none"
     """Always-on part: none; of any width; any, behind a sigmoid; a multiple of the width."""
     window: Literal["no", "all", "layers"] = "no"
@@ -87,6 +90,7 @@ LAYOUTS: Mapping[str, Layout] = {
             "MixtralForCausalLM",
             attention=("llama",),
             rules=("renormalised",),
+            llama_cpp="renormalised",
             window="all",
             expert="block_sparse_moe.experts.{}.{}.weight",
             parts=("w1", "w3", "w2"),
@@ -96,7 +100,8 @@ LAYOUTS: Mapping[str, Layout] = {
             "qwen2_moe",
             "Qwen2MoeForCausalLM",
             attention=("llama", "biased qkv"),
-            rules=("renormalised", "softmax"),
+            rules=("softmax", "renormalised"),
+            llama_cpp="softmax",
             shared="sigmoid",
             free_head=False,
         ),
@@ -105,19 +110,22 @@ LAYOUTS: Mapping[str, Layout] = {
             "Qwen3MoeForCausalLM",
             attention=("norm each head",),
             rules=("renormalised", "softmax"),
+            llama_cpp="renormalised",
         ),
         Layout(
             "flex_olmo",
             "FlexOlmoForCausalLM",
             attention=("norm all heads, after",),
             rules=("renormalised", "softmax"),
+            llama_cpp=None,
             free_head=False,
         ),
         Layout(
             "olmoe",
             "OlmoeForCausalLM",
             attention=(),
-            rules=("renormalised", "softmax"),
+            rules=("softmax", "renormalised"),
+            llama_cpp="softmax",
             free_head=False,
         ),
         Layout(
@@ -125,6 +133,7 @@ LAYOUTS: Mapping[str, Layout] = {
             "DeepseekV3ForCausalLM",
             attention=("latent",),
             rules=("sigmoid",),
+            llama_cpp="sigmoid",
             shared="whole",
             global_factor=True,
         ),
