@@ -4,8 +4,9 @@ Source: LLaMA-MoE-v2 (arXiv 2411.15708), convert_to_mixtral_attn_moe. An expert 
 head with the query heads that read it; with more experts than such heads, the query heads are dealt
 on and the key/value head is repeated. Tensors are taken over one by one.
 
-Notation: E attention experts, D hidden size, H query heads, G key/value heads, d head size. Expert e has rows [e*H*d/E, (e+1)*H*d/E) of q_proj, the same columns of o_proj,
-and rows of key/value head e // (E/G).
+Notation: E attention experts, D hidden size, H query heads, G key/value heads, d head size. Expert
+e has rows [e*H*d/E, (e+1)*H*d/E) of q_proj, the same columns of o_proj, and rows of key/value head
+e // (E/G).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from moesaic.core.lineage import write_lineage
 from moesaic.models.checkpoint import Checkpoint, CheckpointWriter, copy_companions
 from moesaic.models.writer import Planned
 
-__all__ = ["attention"]
+__all__ = ["attention", "open_v2"]
 
 _PROJECTION = re.compile(r"(.*self_attn\.)([qkvo])_proj\.weight$")
 _DENSE_MLP = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
@@ -68,8 +69,9 @@ def attention(
     model = Path(model)
     out = check_step(out, overwrite=overwrite, inputs=[model])
     checkpoint, config = _source(model)
-    heads, groups = config["num_attention_heads"], config["num_key_value_heads"] or 0
-    groups = groups or heads
+    given = checkpoint.config
+    heads = given["num_attention_heads"]
+    groups = given.get("num_key_value_heads") or heads
     experts = groups if experts is None else experts
     _check(experts, top_k, scale, heads, groups)
     config |= {
@@ -113,28 +115,40 @@ def attention(
     return out
 
 
-def _source(model: Path) -> tuple[Checkpoint, dict[str, Any]]:
-    """The checkpoint, and the config of the LLaMA-MoE-v2 that it is or becomes."""
+def open_v2(model: Path) -> tuple[Checkpoint, dict[str, Any] | None]:
+    """A checkpoint, and its config as ours where it is a LLaMA-MoE-v2 (ours or the original's)."""
     from moesaic.models.families.llama_moe_v2 import LlamaMoEV2Config, read, recognises
 
     checkpoint = Checkpoint(model)
     given = checkpoint.config
-    if given.get("model_type") == "llama_moe_v2" or recognises(given):
-        fields = dict(given) if given.get("model_type") == "llama_moe_v2" else read(given)
-        fields = {key: value for key, value in fields.items() if key != "model_type"}
-        checked = LlamaMoEV2Config(**fields)
-        if checked.use_attn_moe:
+    ours = given.get("model_type") == "llama_moe_v2"
+    if not ours and not recognises(given):
+        return checkpoint, None
+    fields = {k: v for k, v in (given if ours else read(given)).items() if k != "model_type"}
+    named = str((given.get("architectures") or ["ForCausalLM"])[0])
+    _, inside, head = named.rpartition("For")
+    return checkpoint, {
+        **LlamaMoEV2Config(**fields).to_diff_dict(),
+        "architectures": [f"LlamaMoEV2For{head}" if inside else "LlamaMoEV2Model"],
+        "model_type": "llama_moe_v2",
+    }
+
+
+def _source(model: Path) -> tuple[Checkpoint, dict[str, Any]]:
+    """The checkpoint, and the config of the LLaMA-MoE-v2 that it is or becomes."""
+    checkpoint, config = open_v2(model)
+    if config is not None:
+        if config.get("use_attn_moe"):
             raise UserError(
-                f"{model} has attention experts already ({checked.attn_experts}). Give the model "
-                "they were made from."
+                f"{model} has attention experts already ({config.get('attn_experts')}). Give the "
+                "model they were made from."
             )
-        named = str((given.get("architectures") or ["ForCausalLM"])[0])
-        _, inside, head = named.rpartition("For")
-        return checkpoint, {
-            **checked.to_diff_dict(),
-            "architectures": [f"LlamaMoEV2For{head}" if inside else "LlamaMoEV2Model"],
-            "model_type": "llama_moe_v2",
-        }
+        if config.get("add_rescale_bias"):
+            raise UserError(
+                f"{model} was aligned, and attention experts need alignment too. Make them from "
+                "the model before `moesaic align`."
+            )
+        return checkpoint, config
     dense = open_dense(model)
     check_v2_source(dense)
     return checkpoint, v2_config(dense) | {
