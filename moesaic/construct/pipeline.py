@@ -31,7 +31,7 @@ from moesaic.construct.refits import REFITS
 from moesaic.construct.router import RouterInit, RouterInputs, resolve_router
 from moesaic.construct.routers import ROUTERS
 from moesaic.construct.split import NeuronSplit
-from moesaic.construct.split import split as make_split
+from moesaic.construct.split import divide as make_split
 from moesaic.construct.splits import SPLITS
 from moesaic.construct.weighting import Weighting
 from moesaic.construct.weightings import WEIGHTINGS
@@ -200,8 +200,13 @@ def results(made: Construction) -> dict[str, Any]:
     }
 
 
-def run(model: Path | str, recipe: Recipe) -> Construction:
-    """Make every layer in memory and measure the stages; writes nothing."""
+def run(
+    model: Path | str, recipe: Recipe, *, dense_loss: Mapping[str, float] | None = None
+) -> Construction:
+    """Make every layer in memory and measure the stages; writes nothing.
+
+    `dense_loss` is the dense model's held-out loss by domain, where it is known already.
+    """
     started = time.monotonic()
     check_seed(recipe.seed)
     dense = open_dense(model)
@@ -217,7 +222,7 @@ def run(model: Path | str, recipe: Recipe) -> Construction:
     _warn(made)
     made.seconds |= maker.seconds
     made.seconds["construct"] = time.monotonic() - started
-    _measure(made)
+    _measure(made, dense_loss)
     made.seconds["all"] = time.monotonic() - started
     return made
 
@@ -281,23 +286,21 @@ class _Maker:
         model = dense.checkpoint.path
         self.division: list[LayerSplit] | None = None
         self.splitter: CalibratedSplit | None = None
+        self.gates_LED: Any = None
         ready = _ready(recipe.split, SPLITS.names())
         method = None if ready else resolve_method(recipe.split)
         if isinstance(method, CalibratedSplit):
             self.splitter = method
         else:
-            division = (
-                NeuronSplit.load(ready)
-                if ready
-                else make_split(
-                    model,
-                    method=recipe.split,
-                    experts=recipe.experts,
-                    shared=recipe.shared,
-                    data=recipe.data if method is not None and method.needs_data else None,
-                    seed=recipe.seed,
+            if ready:
+                division = NeuronSplit.load(ready)
+            else:
+                assert method is not None
+                data = recipe.data if method.needs_data else None
+                division, arrays = make_split(
+                    model, method, recipe.experts, recipe.shared, data, recipe.seed
                 )
-            )
+                self.gates_LED = arrays.get("gates")
             found = division.num_experts + division.num_shared
             if (division.layers, division.width, found, division.num_shared) != (
                 dense.layers,
@@ -330,6 +333,10 @@ class _Maker:
             self.routers = iter(RouterInit.load(ready).layers)
             return
         router = resolve_router(recipe.router)
+        if self.gates_LED is not None and router.key == "hidden-clusters":
+            # the split made these gates, and its experts belong to them in this order
+            self.routers = iter([{"weight": torch.from_numpy(gate)} for gate in self.gates_LED])
+            return
         if isinstance(router, CalibratedRouter):
             self.fitter = router
             return
@@ -355,7 +362,9 @@ class _Maker:
             dense_TD = dense_TD + _in_parts(mlp, normed_TD)
             attention = self._attention(module, self.dense_BCD)
             moe_TD, x_TD = self.stream.attend(module, self.moe_BCD)
-            neurons_TF = _in_parts(lambda x: mlp.act_fn(mlp.gate_proj(x)).mul_(mlp.up_proj(x)), x_TD)
+            neurons_TF = _in_parts(
+                lambda x: mlp.act_fn(mlp.gate_proj(x)).mul_(mlp.up_proj(x)), x_TD
+            )
             own_TD = _in_parts(mlp.down_proj, neurons_TF)
         view = self._view(index, x_TD, neurons_TF, mlp)
         with self._timed("split and router"):
@@ -403,7 +412,9 @@ class _Maker:
         self.made.attention.append(attention)
         self.made.refined.append(refined)
 
-    def _view(self, index: int, x_TD: torch.Tensor, neurons_TF: torch.Tensor, mlp: Any) -> LayerView:
+    def _view(
+        self, index: int, x_TD: torch.Tensor, neurons_TF: torch.Tensor, mlp: Any
+    ) -> LayerView:
         recipe = self.made.recipe
         return LayerView(
             index,
@@ -608,17 +619,20 @@ def _fill(mlp: Any, made: Construction, index: int, layer: ConvertedLayer, stage
             weights.down_proj.copy_(refined.down_EID.transpose(1, 2))
 
 
-def _measure(made: Construction) -> None:
+def _measure(made: Construction, dense_loss: Mapping[str, float] | None) -> None:
     """Add a record for the dense model and for every stage: losses and mean figures."""
     stages = ["split"]
     stages += ["refit"] if made.recipe.refit is not None else []
     stages += ["refine"] if made.recipe.refine is not None else []
-    made.stages.append({"stage": "dense", **_loss(made, None)})
+    known = None if dense_loss is None else {"loss": dense_loss["mean"], "losses": dense_loss}
+    made.stages.append({"stage": "dense", **(known or _loss(made, None))})
     facts = [layer.facts for layer in made.layers]
     for stage in stages:
         record: dict[str, Any] = {"stage": stage}
-        all_on = [f.get("all_on_refit" if stage == "refit" else "all_on") for f in facts]
-        record["all_on_difference"] = None if stage == "refine" else max(all_on)
+        all_on = "all_on_refit" if stage == "refit" else "all_on"
+        record["all_on_difference"] = None
+        if stage != "refine":
+            record["all_on_difference"] = max(float(f[all_on]) for f in facts)
         for key in ("captured", "oracle", "load_entropy"):
             record[key] = None if stage == "refine" else _mean([f[key] for f in facts])
         record["output_error"] = _mean([f["output_error"][stage] for f in facts])

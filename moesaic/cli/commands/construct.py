@@ -35,7 +35,7 @@ def command(
     experts on, captured energy of the router beside an oracle, load, error of the layers' outputs.
     The figures are in construct.json and on the page report.html.
 
-    Example: `moesaic construct energy -o runs/moe --model ckpt/dense --data text.jsonl --set top_k=2`
+    Example: `moesaic construct energy -o runs/moe --model ckpt/dense --data text.jsonl`
     """
     from moesaic.construct.pipeline import Recipe, construct
     from moesaic.core.config import override, parse, read_yaml

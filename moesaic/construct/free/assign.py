@@ -12,7 +12,7 @@ __all__ = ["assign"]
 
 
 def assign(gain_FE: NDArray[np.floating], *, rounds: int = 200) -> NDArray[np.int64]:
-    """Return the expert of every neuron, F / E neurons each, int64 [F], with the largest total gain.
+    """Return the expert of every neuron, int64 [F]: F / E neurons each, the largest total gain.
 
     Starts from a greedy division and cancels negative cycles among the E experts: an edge a -> b
     is the cheapest neuron to move from a to b; while some cycle gains, its neurons move. That ends
@@ -20,11 +20,11 @@ def assign(gain_FE: NDArray[np.floating], *, rounds: int = 200) -> NDArray[np.in
     """
     count, experts = gain_FE.shape
     size = count // experts
-    gain_FE = np.asarray(gain_FE, np.float64)
-    labels = _greedy(gain_FE, size)
-    least = 1e-9 * max(float(np.abs(gain_FE).max(initial=0.0)), 1e-300)
+    exact_FE = np.asarray(gain_FE).astype(np.float64)
+    labels = _greedy(exact_FE, size)
+    least = 1e-9 * max(float(np.abs(exact_FE).max(initial=0.0)), 1e-300)
     for _ in range(rounds * experts):
-        cost_EE, move_EE = _moves(gain_FE, labels, experts)
+        cost_EE, move_EE = _moves(exact_FE, labels, experts)
         cycle = _negative_cycle(cost_EE, least)
         if cycle is None:
             break

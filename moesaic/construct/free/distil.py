@@ -116,7 +116,7 @@ def distil(
         rows = order.pop()
         loss = (made.forward(x_TD[rows], top_k) - target_TD[rows]).square().mean() / scale
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         schedule.step()
     if not math.isfinite(float(loss.detach())):

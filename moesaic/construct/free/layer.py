@@ -94,7 +94,9 @@ class ConvertedLayer:
             "captured": captured(energy_TE, chosen_TE[held_T]),
             "oracle": captured(energy_TE, oracle_TE),
             "load": [round(float(v), 4) for v in share_E],
-            "load_entropy": float(-(share_E * logs_E).sum() / np.log(experts)) if experts > 1 else 1,
+            "load_entropy": float(-(share_E * logs_E).sum() / np.log(experts))
+            if experts > 1
+            else 1,
             "never_chosen": [e for e, v in enumerate(load_E.tolist()) if v == 0],
         }
         few = slice(0, min(2048, len(own_TD)))

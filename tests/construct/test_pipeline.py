@@ -1,0 +1,158 @@
+"""Construction without training on tiny models: what must hold whatever the methods."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import moesaic
+from moesaic.construct.pipeline import Recipe, assemble, construct, results, run
+from moesaic.construct.split import NeuronSplit
+from moesaic.core.errors import UserError
+from tests.construct.dense_models import write_dense, write_text_tokenizer
+from tests.helpers import assert_user_error, run_cli
+
+SPLITS = ["energy", "cmoe", "expertweaver", "static", "random", "cluster"]
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dense")
+    write_dense(folder / "model", mlp_bias=True)
+    write_text_tokenizer(folder / "model")
+    text = "the quick brown fox jumps over a lazy dog then sleeps under some old tree."
+    words = text.split(" ")
+    order = np.random.default_rng(0).integers(0, len(words), 3000)
+    (folder / "text.txt").write_text(" ".join(words[i] for i in order))
+    return folder
+
+
+def recipe(dense, **fields):
+    given = {"experts": 4, "top_k": 2, "data": str(dense / "text.txt"), "context": 32}
+    return Recipe(**{**given, "tokens": 2048, **fields})
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_any_split_goes_with_any_other_choice(dense, split):
+    routers = {"cmoe": "representative", "expertweaver": "mean-gate", "static": "first"}
+    shared = 1 if split in ("energy", "cmoe", "expertweaver", "static") else 0
+    made = run(
+        dense / "model",
+        recipe(dense, split=split, router=routers.get(split, "energy"), shared=shared),
+    )
+    figures = results(made)
+    before, after = figures["stages"][1:]
+    assert before["all_on_difference"] < 1e-4  # exact before the refit, and only then
+    assert after["all_on_difference"] > 1e-3
+    assert after["output_error"] < before["output_error"]
+    for layer in figures["layers"]:
+        assert layer["captured"] <= layer["oracle"] + 1e-6
+        assert layer["refit"]["missed_after"] <= layer["refit"]["missed_before"]
+        assert sum(layer["load"]) == pytest.approx(1, abs=1e-3)
+        assert 0 <= layer["load_entropy"] <= 1 + 1e-6
+    assert made.split().exact
+
+
+def test_all_experts_on_are_the_dense_model(dense):
+    model = assemble(run(dense / "model", recipe(dense)), "split")
+    ids = torch.randint(0, 29, (2, 24), generator=torch.Generator().manual_seed(1))
+    wanted = moesaic.load(dense / "model", dtype=torch.float32)(ids).logits
+    assert not torch.allclose(model(ids).logits, wanted, atol=1e-2)
+    model.set_moe_num_selects(4)  # weight 1 each: nothing is renormalised
+    torch.testing.assert_close(model(ids).logits, wanted, atol=1e-4, rtol=0)
+
+
+def test_the_checkpoint_is_the_model_that_was_measured(dense, tmp_path):
+    settings = recipe(
+        dense, split="cmoe", router="representative", shared=1, held_out=str(dense / "text.txt")
+    )
+    path = construct(dense / "model", out=tmp_path / "moe", recipe=settings)
+    figures = json.loads((path / "construct.json").read_text())
+    model = moesaic.load(path, dtype=torch.float32)
+    again = run(dense / "model", settings)
+    ids = torch.randint(0, 29, (2, 24), generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(model(ids).logits, assemble(again, "last")(ids).logits)
+    assert [row["stage"] for row in figures["stages"]] == ["dense", "split", "refit"]
+    assert figures["stages"] == again.stages  # the same seed gives the same model
+    assert all(row["loss"] > 0 for row in figures["stages"])
+
+
+def test_the_router_learns_without_a_balance_loss(dense):
+    model = assemble(run(dense / "model", recipe(dense)), "last").train()
+    model.set_moe_gate_use_balance(False)
+    routers = {n: p.detach().clone() for n, p in model.gate_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    ids = torch.randint(0, 29, (4, 24), generator=torch.Generator().manual_seed(1))
+    for step in range(2):
+        optimizer.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        for name, parameter in model.gate_parameters():
+            moves = parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)
+            assert moves == (name.endswith("correction") or step == 1), (name, step)
+        optimizer.step()
+    for name, parameter in model.gate_parameters():
+        assert not torch.equal(parameter, routers[name]), name
+
+
+def test_distillation_brings_layers_nearer(dense):
+    settings = {"method": "layerwise", "passes": 6, "batch": 128}
+    made = run(dense / "model", recipe(dense, refine=settings))
+    for layer in made.layers:
+        assert layer.facts["refine"]["missed_after"] < layer.facts["refine"]["missed_before"]
+    ids = torch.randint(0, 29, (2, 24), generator=torch.Generator().manual_seed(1))
+    last, refit = (assemble(made, stage)(ids).logits for stage in ("last", "refit"))
+    assert not torch.allclose(last, refit)
+
+
+def test_attention_is_refitted_where_its_input_has_changed(dense):
+    made = run(dense / "model", recipe(dense, attention=1.0))
+    layers = moesaic.load(dense / "model", dtype=torch.float32).model.layers
+    first, second = (layer.self_attn.o_proj.weight for layer in layers)
+    torch.testing.assert_close(made.attention[0], first, atol=1e-4, rtol=1e-3)
+    assert not torch.allclose(made.attention[1], second, atol=1e-3)
+    loaded = assemble(made, "last").model.layers[1].self_attn.o_proj.weight
+    torch.testing.assert_close(loaded, made.attention[1])
+
+
+def test_an_imported_split_takes_our_router_and_refit(dense, tmp_path):
+    labels = [np.arange(48) % 4, np.arange(48) // 12]
+    file = NeuronSplit.from_labels(labels, experts=4).save(tmp_path / "split.safetensors")
+    made = run(dense / "model", recipe(dense, split=str(file)))
+    assert made.layers[1].parts.experts[0].tolist() == list(range(12))
+    wrong = NeuronSplit.from_labels([np.arange(48) % 6] * 2, experts=6).save(file)
+    with pytest.raises(UserError, match="6 experts"):
+        run(dense / "model", recipe(dense, split=str(wrong)))
+
+
+def test_what_is_missing_is_said(dense, capsys):
+    for fields, message in (
+        ({"data": None}, "No calibration text"),
+        ({"tokens": 64, "experts": 12}, "12 experts x 16"),
+        ({"top_k": 5}, "top_k=5"),
+        ({"shared": 2}, "at least 3"),
+        ({"experts": 5}, "does not divide"),
+        ({"refine": "endtoend"}, "Use layerwise"),
+        ({"refine": "layerwise", "shared": 1}, "shared: 0"),
+        ({"split": "enrgy"}, "Did you mean 'energy'"),
+        ({"weighting": "two"}, "weighting"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(dense / "model", recipe(dense, **fields))
+    run(dense / "model", recipe(dense, tokens=512, split="static", router="first"))
+    said = capsys.readouterr().err
+    assert "Give more text or tokens" in said
+    assert "layer 0 expert 2, layer 0 expert 3" in said  # never chosen, by name
+
+
+def test_the_command_prints_every_stage(dense, tmp_path):
+    text = str(dense / "text.txt")
+    sizes = ("--set", "experts=4", "--set", "tokens=1024", "--set", "context=32")
+    given = ("construct", "energy", "--model", dense / "model", "--data", text, *sizes)
+    done = run_cli(*given, "-o", tmp_path / "moe", "--held-out", text)
+    assert done.exit_code == 0, done.stderr
+    for word in ("Held-out loss", "Captured energy", "refit", "Oracle", "Load entropy"):
+        assert word in done.stdout
+    assert "A mixture of experts without training" in (tmp_path / "moe/report.html").read_text()
+    assert_user_error(run_cli(*given, "-o", tmp_path / "moe"), "exists")
+    assert_user_error(run_cli("construct", "enrgy", "-o", tmp_path / "x"), "energy")
