@@ -103,7 +103,7 @@ def draw_moesaic(
         factors = scale if isinstance(scale, list) else [scale] * dense.layers
         factors = [2 * factor / selects for factor in factors]
         scale = factors if len(set(factors)) > 1 else factors[0]
-    config = {
+    config: dict[str, Any] = {
         "architectures": ["MoesaicMoeForCausalLM"],
         "model_type": "moesaic_moe",
         "dtype": str(dense.checkpoint.dtype(dense.outer()[0][0])).removeprefix("torch."),

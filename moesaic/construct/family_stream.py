@@ -34,7 +34,8 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Of any leading shape."""
-        y: torch.Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        parts: Any = self
+        y: torch.Tensor = parts.down_proj(parts.act_fn(parts.gate_proj(x)) * parts.up_proj(x))
         return y
 
 

@@ -118,6 +118,28 @@ def test_saved_loaded_and_generating(kind: str, tmp_path: Path) -> None:
     assert [(m.num_experts, m.top_k, m.num_shared) for m in anatomy.layers] == [(4, 2, 1)] * 3
 
 
+def test_long_positions_switch_in_the_middle_of_a_text() -> None:
+    """Phi-3's longrope has other positions beyond 16 tokens here: the cache must not stay."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [1.0, 3.0, 5.0, 9.0],
+    }
+    text = family_config(
+        "phi3",
+        partial_rotary_factor=1.0,
+        original_max_position_embeddings=16,
+        rope_parameters={**rope, "original_max_position_embeddings": 16},
+    )
+    torch.manual_seed(0)
+    model: Any = MoesaicMoeForCausalLM(MoesaicMoeConfig(text_config=text, num_experts=4)).eval()
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    cached = model.generate(IDS[:, :12], **options)
+    plain = model.generate(IDS[:, :12], use_cache=False, **options)
+    assert torch.equal(cached, plain)
+
+
 @pytest.mark.parametrize("kind", ["phi3", "gemma3_text", "deepseek_v3"])
 @pytest.mark.parametrize("form", ["pooled", "layer"])
 def test_training_moves_every_router_and_expert_that_was_used(kind: str, form: str) -> None:

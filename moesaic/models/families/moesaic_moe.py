@@ -296,6 +296,7 @@ class MoesaicMoeForCausalLM(MoesaicMoePreTrainedModel, GenerationMixin):
                 share = share_of_step(labels, kwargs.get("num_items_in_batch"))
                 added = aux_loss * self.config.router_aux_loss_coef * share
                 loss = loss + added.to(loss.device)
+        logits: Any = tuple(d.logits for d in decisions) if decisions else None
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,
@@ -303,7 +304,7 @@ class MoesaicMoeForCausalLM(MoesaicMoePreTrainedModel, GenerationMixin):
             past_key_values=out.past_key_values,
             hidden_states=out.hidden_states,
             attentions=out.attentions,
-            router_logits=tuple(d.logits for d in decisions) if decisions else None,
+            router_logits=logits,
         )
 
     def balance_loss(self, decisions: list[Decision], valid_T: torch.Tensor | None) -> torch.Tensor:
@@ -326,19 +327,15 @@ class MoesaicMoeForCausalLM(MoesaicMoePreTrainedModel, GenerationMixin):
         return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
 
     def prepare_inputs_for_generation(
-        self, input_ids: torch.Tensor, past_key_values: Any = None, **kwargs: Any
+        self, input_ids: Any, *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
         """As the dense families do; without router logits unless asked for."""
-        cache = past_key_values
-        text: Any = self.config.text_config
-        switch = getattr(text, "original_max_position_embeddings", None)
+        cache = kwargs.get("past_key_values")
+        switch = getattr(self.config.text_config, "original_max_position_embeddings", None)
         if cache is not None and switch and input_ids.shape[1] > switch >= cache.get_seq_length():
             # longrope (Phi-3) changes the position rule here, so earlier keys are computed again
-            cache = None
-            kwargs["next_sequence_length"] = None
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
-            input_ids, past_key_values=cache, **kwargs
-        )
+            kwargs |= {"past_key_values": None, "next_sequence_length": None}
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         inputs.setdefault("output_router_logits", False)
         return inputs
 
