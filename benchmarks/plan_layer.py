@@ -1,7 +1,8 @@
 """One layer at the real sizes of LLaMA-2-7B or LLaMA-3-8B, random weights: measured and foretold.
 
 Steps: `moesaic convert` (random split, router random, layers compared); the closed-form layer of
-`moesaic construct` (energy split and router) on a few thousand random tokens; the moments of the
+`moesaic construct` (energy split of one round, and router)
+on a few thousand random tokens; the moments of the
 refit, and the eigenvectors it needs at a smaller size. Prints one JSON object.
 
     python benchmarks/plan_layer.py --shape llama-2-7b --tokens 4096
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,7 +29,9 @@ from moesaic.construct.scratch import init, read_preset
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     start = time.perf_counter()
     found = work()
-    return round(time.perf_counter() - start, 2), found
+    seconds = round(time.perf_counter() - start, 2)
+    print(f"{seconds} s", file=sys.stderr, flush=True)
+    return seconds, found
 
 
 def closed_form(path: Path, *, tokens: int, experts: int, top_k: int) -> dict[str, float]:
@@ -36,13 +40,18 @@ def closed_form(path: Path, *, tokens: int, experts: int, top_k: int) -> dict[st
     from moesaic.construct.dense import open_dense
     from moesaic.construct.weightings import WEIGHTINGS
 
-    recipe = pipeline.Recipe(experts=experts, top_k=top_k, tokens=tokens, refit=None)
+    split = {"method": "energy", "rounds": 1, "starts": 1}
+    recipe = pipeline.Recipe(experts=experts, top_k=top_k, tokens=tokens, refit=None, split=split)
     dense = open_dense(path)
     made = pipeline.Construction(dense, recipe, [], WEIGHTINGS.resolve("one"), [], [])
     ids_BC = torch.randint(0, 1000, (tokens // 512, 512))
     maker = pipeline._Maker(made, ids_BC, refit=None, refine=None)
     seconds, _ = timed(lambda: maker.layer(0))
-    return {"layer": seconds, **{name: round(s, 2) for name, s in maker.seconds.items()}}
+    return {
+        "rounds": 1,
+        "layer": seconds,
+        **{name: round(s, 2) for name, s in maker.seconds.items()},
+    }
 
 
 def peak() -> float:

@@ -15,6 +15,7 @@ _PUBLIC = {
     "anatomy": "moesaic.models.anatomy",
     "convert": "moesaic.construct.convert",
     "split": "moesaic.construct.split",
+    "upcycle": "moesaic.construct.upcycle",
     "init": "moesaic.construct.scratch",
     "train": "moesaic.training.loop",
     "generate": "moesaic.generation",
@@ -39,12 +40,14 @@ __all__ = [
     "recording",
     "split",
     "train",
+    "upcycle",
 ]
 
 if TYPE_CHECKING:
     from moesaic.construct.convert import convert
     from moesaic.construct.scratch import init
     from moesaic.construct.split import split
+    from moesaic.construct.upcycle import upcycle
     from moesaic.generation import generate
     from moesaic.models.anatomy import anatomy
     from moesaic.models.load import load

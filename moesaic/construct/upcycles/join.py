@@ -91,8 +91,15 @@ class Join(UpcycleMethod):
         label_T = torch.repeat_interleave(
             torch.arange(len(rows)), torch.tensor([ids.numel() for ids in rows])
         )
-        # Every eighth token is held back: it sets the sharpness and measures the router.
-        held_T = torch.arange(len(label_T)) % 8 == 7
+        # Every eighth row is held back: it sets the sharpness and measures the router. Tokens of
+        # one row are too alike to be held back from each other, unless there are no eight rows.
+        places = [torch.arange(ids.numel()) for ids in rows]
+        held_T = torch.cat(
+            [
+                (place // ids.shape[1] if len(ids) >= 8 else place) % 8 == 7
+                for ids, place in zip(rows, places, strict=True)
+            ]
+        )
         stream = LayerStream(inputs.dense, context=rows[0].shape[1])
         hidden_BCD = stream.embed(torch.cat(rows))
         right: list[float] = []
