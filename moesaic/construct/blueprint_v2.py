@@ -159,6 +159,7 @@ def check_v2_source(dense: DenseModel) -> None:
             f"{dense.checkpoint.path} is a {kind}; a LLaMA-MoE-v2 is made of a llama or a mistral. "
             "Use another preset."
         )
+    dense.need_llama("a LLaMA-MoE-v2")
     biased = [key for key in ("attention_bias", "mlp_bias") if dense.config.get(key)]
     if biased:
         raise UserError(

@@ -92,6 +92,17 @@ class DenseModel:
 
         return ACT2FN[activation_name(self.config)]
 
+    def need_llama(self, what: str) -> None:
+        """Raise UserError unless LLaMA-MoE's classes compute this model's attention."""
+        if self.mixture != "llama_moe":
+            window = self.config.get("sliding_window")
+            slides = self.family.model_type == "mistral" and f" with a window of {window} tokens"
+            raise UserError(
+                f"{self.checkpoint.path} is a {self.family.name}{slides or ''}; {what} is made of "
+                "a LLaMA, or a Mistral without a sliding window. Use `moesaic convert`, which "
+                "keeps every family's own layers."
+            )
+
     def ffn(self, layer: int) -> tuple[str, str, str]:
         """Names of gate_proj, up_proj and down_proj of a layer."""
         start = f"{self.prefix}layers.{layer}.mlp."

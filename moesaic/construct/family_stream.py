@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moesaic.construct.activations import LayerStream
+from moesaic.construct.activations import _ROWS_AT_ONCE, LayerStream
 from moesaic.construct.dense import DenseModel
 from moesaic.construct.dense_families import family_model
 
@@ -72,8 +72,13 @@ class FamilyStream(LayerStream):
             self._embedding = self._base.embed_tokens
             table = self.dense.read(self.dense.outer()[0][0]).float()
             self._embedding.weight = nn.Parameter(table, requires_grad=False)
-        hidden_BCD: torch.Tensor = self._embedding(ids_BC)
-        return hidden_BCD.float()
+        # What the first layer is given: some versions scale in the model, some in the embedding.
+        with torch.no_grad():
+            parts = []
+            for rows in ids_BC.split(_ROWS_AT_ONCE):
+                self._base(input_ids=rows, use_cache=False)
+                parts.append(self._base.layers[0].hidden)
+        return torch.cat(parts).float()
 
     def load(self, layer: int) -> nn.Module:
         """Return one decoder layer in float32, its feed-forward part as gate, up and down."""
@@ -121,12 +126,13 @@ class _Witness(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.given: dict[str, Any] = {}
+        self.hidden: torch.Tensor | None = None
         for name in ("attention_type", "layer_idx"):
             if hasattr(layer, name):
                 setattr(self, name, getattr(layer, name))
 
     def forward(self, hidden_states: torch.Tensor, **given: Any) -> torch.Tensor:
-        self.given = given
+        self.given, self.hidden = given, hidden_states
         return hidden_states
 
 

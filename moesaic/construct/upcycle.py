@@ -144,6 +144,7 @@ def _inputs(
                 f"{source.checkpoint.path} is of type {source.config['model_type']!r}. "
                 "Give a dense llama or mistral."
             )
+        source.need_llama("an upcycled mixture")
     if len(sources) > 1 and not method.several:
         raise UserError(
             f"{len(sources)} models were given, but {_key(method)} makes experts of one. "

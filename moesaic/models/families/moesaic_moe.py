@@ -34,6 +34,9 @@ from moesaic.models.family import Family
 from moesaic.models.layouts import qwen_layout
 from moesaic.models.padding import share_of_step, valid_tokens
 
+# What transformers checks and completes in every config that has it; text_config does so itself.
+_TEXT_ONLY = ("rope_parameters", "rope_scaling", "rope_theta", "layer_types")
+
 Weighting = Literal["softmax", "renormalised", "sigmoid", "one", "learned"]
 
 
@@ -92,7 +95,6 @@ class MoesaicMoeConfig(PreTrainedConfig):
         if self.moe_intermediate_size is None:
             self.moe_intermediate_size = max(1, text.intermediate_size // self.num_experts)
         super().__post_init__(**kwargs)
-        self.__dict__.pop("rope_parameters", None)  # text_config's: transformers saw it through us
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise UserError(
                 f"num_experts_per_tok={self.num_experts_per_tok} but the model has "
@@ -110,7 +112,7 @@ class MoesaicMoeConfig(PreTrainedConfig):
     def __getattr__(self, name: str) -> Any:
         # only what is not found here; dunder and private names belong to this object alone
         text = self.__dict__.get("text_config")
-        if name.startswith("_") or not isinstance(text, PreTrainedConfig):
+        if name.startswith("_") or not isinstance(text, PreTrainedConfig) or name in _TEXT_ONLY:
             raise AttributeError(name)
         if name == "hidden_act" and not hasattr(text, name):
             name = "hidden_activation"
