@@ -18,9 +18,10 @@ from typing import Any
 import torch
 
 ROOT = Path("/work/shared")
-DOMAINS = "arxiv books c4 commoncrawl github simple_english stackexchange wikipedia".split()
+DOMAINS = ["arxiv", "books", "c4", "commoncrawl", "github", "simple_english"]
+DOMAINS += ["stackexchange", "wikipedia"]
 OURS: dict[str, Any] = {"refit": {"method": "down", "blend": 0.75}, "attention": 1.0}
-PLAIN: dict[str, Any] = {"refit": None}
+PLAIN: dict[str, Any] = {"refit": None, "attention": None}
 GSP = {"method": "gradient-plus", "tokens": 32_768}
 V2 = {"method": "softmax", "scale": "auto"}
 DENSE: dict[str, Any] = {}
@@ -43,8 +44,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "cmoe + refit": {"split": "cmoe", "router": "representative", "shared": "half", **OURS},
     "v1 random + our router, refit": {"split": "random", **OURS},
     "energy, no refit": PLAIN,
-    "energy, down refit, own target": {"refit": {"method": "down", "blend": 0.0}},
-    "energy, down refit": {"refit": {"method": "down", "blend": 0.5}},
+    "energy, down refit, own target": {
+        "refit": {"method": "down", "blend": 0.0},
+        "attention": None,
+    },
+    "energy, down refit": {"refit": {"method": "down", "blend": 0.5}, "attention": None},
     "energy, no loop": {"split": {"method": "energy", "rounds": 0}, **OURS},
     "energy": OURS,
     "layerwise": {"refine": "layerwise", **OURS},
@@ -63,12 +67,16 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=262_144)
     parser.add_argument("--documents", type=int)
     parser.add_argument("--set", nargs="*", default=[], help="KEY=JSON of the recipe")
+    parser.add_argument("--last-only", action="store_true", help="no losses between stages")
+    parser.add_argument("--dense", type=Path, help="JSON of the dense model's losses by domain")
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     if options.table:
         print(table(options.out / "rows.jsonl"))
         return
+    if options.dense is not None:
+        DENSE[str(options.documents)] = json.loads(options.dense.read_text())
     for seed in options.seeds:
         for top_k in options.top_k:
             for name in options.only:
@@ -102,7 +110,9 @@ def once(options: argparse.Namespace, name: str, top_k: int, seed: int) -> None:
     )
     started, used = time.monotonic(), time.process_time()
     known = str(options.documents)
-    figures = results(run(options.model, recipe, dense_loss=DENSE.get(known)))
+    figures = results(
+        run(options.model, recipe, dense_loss=DENSE.get(known), last_only=options.last_only)
+    )
     DENSE[known] = figures["stages"][0]["losses"]
     stages = {row["stage"]: row["loss"] for row in figures["stages"]}
     last = figures["stages"][-1]["loss"]

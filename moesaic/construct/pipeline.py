@@ -24,7 +24,7 @@ from moesaic.construct.dense import DenseModel, open_dense
 from moesaic.construct.free.distil import Distillation, ExpertWeights, distil
 from moesaic.construct.free.layer import ConvertedLayer
 from moesaic.construct.free.ridge import Moments, solve
-from moesaic.construct.free.view import CalibratedRouter, CalibratedSplit, LayerView
+from moesaic.construct.free.view import CalibratedRouter, CalibratedSplit, LayerView, held_back
 from moesaic.construct.method import LayerSplit, resolve_method
 from moesaic.construct.refit import Refit, RefitInputs
 from moesaic.construct.refits import REFITS
@@ -62,7 +62,7 @@ class Recipe(Config):
     """How the dropped experts are made up for in closed form; null: not at all."""
     refine: Choice | None = None
     """`layerwise`: distil each layer from the dense one (gradients inside a layer only)."""
-    attention: float | None = Field(default=None, ge=0, le=1)
+    attention: float | None = Field(default=1.0, ge=0, le=1)
     """Refit the attention's output projection too, so far towards the dense stream; null: no."""
     experts: int = Field(default=8, ge=1)
     """Experts of a layer, shared ones included."""
@@ -201,15 +201,21 @@ def results(made: Construction) -> dict[str, Any]:
 
 
 def run(
-    model: Path | str, recipe: Recipe, *, dense_loss: Mapping[str, float] | None = None
+    model: Path | str,
+    recipe: Recipe,
+    *,
+    dense_loss: Mapping[str, float] | None = None,
+    last_only: bool = False,
 ) -> Construction:
     """Make every layer in memory and measure the stages; writes nothing.
 
     `dense_loss` is the dense model's held-out loss by domain, where it is known already.
+    `last_only` measures the loss of the dense model and of the last stage, not of those between.
     """
     started = time.monotonic()
     check_seed(recipe.seed)
     dense = open_dense(model)
+    dense.need_llama("a mixture of `moesaic construct`")
     _check(recipe, dense)
     weighting: Weighting = WEIGHTINGS.resolve(recipe.weighting)
     refit: Refit | None = None if recipe.refit is None else REFITS.resolve(recipe.refit)
@@ -222,7 +228,7 @@ def run(
     _warn(made)
     made.seconds |= maker.seconds
     made.seconds["construct"] = time.monotonic() - started
-    _measure(made, dense_loss)
+    _measure(made, dense_loss, last_only)
     made.seconds["all"] = time.monotonic() - started
     return made
 
@@ -359,9 +365,8 @@ class _Maker:
         mlp = module.mlp
         with self._timed("streams"):
             dense_TD, normed_TD = self.stream.attend(module, self.dense_BCD)
+            moe_TD, x_TD, attention = self._attend(module, dense_TD)
             dense_TD = dense_TD + _in_parts(mlp, normed_TD)
-            attention = self._attention(module, self.dense_BCD)
-            moe_TD, x_TD = self.stream.attend(module, self.moe_BCD)
             neurons_TF = _in_parts(
                 lambda x: mlp.act_fn(mlp.gate_proj(x)).mul_(mlp.up_proj(x)), x_TD
             )
@@ -478,35 +483,35 @@ class _Maker:
         gate.gate_network.load_state_dict(router)
         return gate
 
-    def _attention(self, module: Any, dense_BCD: torch.Tensor) -> torch.Tensor | None:
-        """Refit o_proj on the converted stream, in place; return the new weight."""
+    def _attend(
+        self, module: Any, dense_TD: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Attention on the converted stream, refitted towards `dense_TD`, the dense model's.
+
+        Returns the residual stream, the feed-forward input and the new weight of o_proj, if any.
+        """
         blend = self.made.recipe.attention
         if blend is None:
-            return None
+            return *self.stream.attend(module, self.moe_BCD), None
         projection = module.self_attn.o_proj
         seen: list[torch.Tensor] = []
         hook = projection.register_forward_pre_hook(
             lambda _, args: seen.append(args[0].flatten(0, -2))
         )
-        dense_TD, _ = self.stream.attend(module, dense_BCD)
-        seen.clear()
         moe_TD, _ = self.stream.attend(module, self.moe_BCD)
         hook.remove()
-        mixed_TP = torch.cat(seen)
-        before_TD = self.moe_BCD.flatten(0, 1)
-        target_TD = torch.lerp(moe_TD - before_TD, dense_TD - before_TD, blend)
-        if projection.bias is not None:
-            target_TD = target_TD - projection.bias
-        held_T = (torch.arange(len(mixed_TP)) // self.moe_BCD.shape[1]) % 8 == 7
-        if not bool(held_T.any()):
-            held_T = torch.arange(len(mixed_TP)) % 8 == 7
+        mixed_TP, before_TD = torch.cat(seen), self.moe_BCD.flatten(0, 1)
+        target_TD = torch.lerp(moe_TD, dense_TD, blend) - before_TD
+        offset = 0.0 if projection.bias is None else projection.bias
+        target_TD = target_TD - offset
+        held_T = held_back(len(mixed_TP), self.moe_BCD.shape[1])
         fitted, held = (Moments(mixed_TP.shape[1], target_TD.shape[1]) for _ in range(2))
         fitted.add(mixed_TP[~held_T], target_TD[~held_T])
         held.add(mixed_TP[held_T], target_TD[held_T])
         found = solve(fitted, held, start_PQ=projection.weight.T.contiguous())
+        moe_TD = before_TD + mixed_TP @ found.weights_PQ + offset
         weight = found.weights_PQ.T.contiguous()
-        projection.weight = torch.nn.Parameter(weight, requires_grad=False)
-        return weight
+        return moe_TD, module.post_attention_layernorm(moe_TD), weight
 
     def _distil(
         self,
@@ -619,7 +624,7 @@ def _fill(mlp: Any, made: Construction, index: int, layer: ConvertedLayer, stage
             weights.down_proj.copy_(refined.down_EID.transpose(1, 2))
 
 
-def _measure(made: Construction, dense_loss: Mapping[str, float] | None) -> None:
+def _measure(made: Construction, dense_loss: Mapping[str, float] | None, last_only: bool) -> None:
     """Add a record for the dense model and for every stage: losses and mean figures."""
     stages = ["split"]
     stages += ["refit"] if made.recipe.refit is not None else []
@@ -636,7 +641,10 @@ def _measure(made: Construction, dense_loss: Mapping[str, float] | None) -> None
         for key in ("captured", "oracle", "load_entropy"):
             record[key] = None if stage == "refine" else _mean([f[key] for f in facts])
         record["output_error"] = _mean([f["output_error"][stage] for f in facts])
-        made.stages.append(record | _loss(made, "last" if stage == stages[-1] else stage))
+        last = stage == stages[-1]
+        skipped = last_only and not last
+        loss = {"loss": None} if skipped else _loss(made, "last" if last else stage)
+        made.stages.append(record | loss)
 
 
 def _loss(made: Construction, stage: str | None) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from moesaic.construct.activations import LayerStream, text_sample
 from moesaic.construct.method import LayerSplit, SplitInputs, SplitMethod
 from moesaic.construct.router import Gate, RouterInputs, RouterMethod
 
-__all__ = ["CalibratedRouter", "CalibratedSplit", "LayerView", "sums_by_expert"]
+__all__ = ["CalibratedRouter", "CalibratedSplit", "LayerView", "held_back", "sums_by_expert"]
 
 Ids = NDArray[np.int64]
 
@@ -51,10 +51,7 @@ class LayerView:
     @cached_property
     def held_T(self) -> torch.Tensor:
         """Every eighth row of text is held back: bool [T]."""
-        rows_T = torch.arange(len(self.x_TD)) // self.context
-        # Too few rows: every eighth token.
-        every = rows_T if int(rows_T[-1]) >= 7 else torch.arange(len(self.x_TD))
-        return every % 8 == 7
+        return held_back(len(self.x_TD), self.context)
 
     @cached_property
     def energy_TF(self) -> torch.Tensor:
@@ -148,6 +145,13 @@ class CalibratedRouter(RouterMethod):
                 seed=inputs.seed,
             )
             yield self.fit_layer(view, inputs.split.experts[seen.layer])
+
+
+def held_back(tokens: int, context: int) -> torch.Tensor:
+    """Every eighth row of text, or every eighth token where there are few rows: bool [T]."""
+    place_T = torch.arange(tokens)
+    rows_T = place_T // context
+    return (rows_T if tokens > 7 * context else place_T) % 8 == 7
 
 
 def sums_by_expert(values_TF: torch.Tensor, experts: Sequence[Ids]) -> torch.Tensor:

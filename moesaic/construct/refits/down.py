@@ -25,7 +25,7 @@ class Down(Refit):
     dense model (1), which also makes up for what earlier layers lost.
     """
 
-    blend: float = Field(default=0.5, ge=0, le=1)
+    blend: float = Field(default=0.75, ge=0, le=1)
     """Part of the way from the layer's own target to the dense model's stream."""
     strengths: tuple[float, ...] = STRENGTHS
     """Ridge strengths tried, in units of the mean square of a neuron."""
