@@ -61,6 +61,18 @@ def _upcycles() -> dict[str, str]:
     return UPCYCLES.describe()
 
 
+def _weightings() -> dict[str, str]:
+    from moesaic.construct.weightings import WEIGHTINGS
+
+    return WEIGHTINGS.describe()
+
+
+def _refits() -> dict[str, str]:
+    from moesaic.construct.refits import REFITS
+
+    return REFITS.describe()
+
+
 def _gates() -> dict[str, str]:
     from moesaic.models.gates import GATES
 
@@ -105,6 +117,8 @@ def _kernels() -> dict[str, str]:
 KINDS: dict[str, tuple[str, Callable[[], dict[str, str]]]] = {
     "splits": ("ways to divide a dense layer's neurons into experts", _splits),
     "routers": ("first weights of the router of a converted model", _routers),
+    "weightings": ("how the chosen experts of a construction add up", _weightings),
+    "refits": ("how a construction makes up for dropped experts", _refits),
     "upcycles": ("ways to make more experts than a dense model has", _upcycles),
     "gates": ("gate_type of a LLaMA-MoE", _gates),
     "calculators": ("calculator_type of a LLaMA-MoE", _calculators),
