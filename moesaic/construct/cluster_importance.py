@@ -115,6 +115,8 @@ def _score_group(
             neurons_BCF = mlp.act_fn(mlp.gate_proj(normed)) * mlp.up_proj(normed)
             neurons_BCF.retain_grad()
             (residual + mlp.down_proj(neurons_BCF)).backward(gradients[place])
+            assert hidden.grad is not None
+            assert neurons_BCF.grad is not None
             gradients[place] = hidden.grad
             with torch.no_grad():
                 change_TF = (neurons_BCF * neurons_BCF.grad).abs()[batch.real_BC.bool()]
@@ -130,7 +132,7 @@ def _top(
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
     (embeddings,), (norm, *head) = dense.outer()
-    final = LlamaRMSNorm(dense.hidden, eps=dense.config["rms_norm_eps"])  # type: ignore[no-untyped-call]
+    final = LlamaRMSNorm(dense.hidden, eps=dense.config["rms_norm_eps"])
     final.weight.data = dense.read(norm).float()
     weight_VD = dense.read(head[0] if head else embeddings).float()
     gradients = []

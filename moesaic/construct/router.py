@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
@@ -219,6 +220,8 @@ class RouterMethod(Config):
 
     needs_data: ClassVar[bool] = False
     """Whether the method reads text."""
+    reads_split: ClassVar[bool] = True
+    """Whether the method looks at which neurons the experts hold."""
     networks: ClassVar[tuple[Gate, ...]] = _NETWORKS
     """The router networks it can make weights for."""
 
@@ -302,7 +305,8 @@ def make_router(
     model: Path | str,
     *,
     out: Path | str,
-    split: NeuronSplit | Path | str,
+    split: NeuronSplit | Path | str | None = None,
+    experts: int | None = None,
     method: str | Mapping[str, Any] | RouterMethod = "random",
     gate: Gate = "mlp",
     top_k: int = 1,
@@ -312,11 +316,19 @@ def make_router(
 ) -> Path:
     """Make router weights and write their directory: router.safetensors, router.json, moesaic.json.
 
-    `split` is a NeuronSplit, its file, or the directory that `moesaic split` wrote.
+    `split` is a NeuronSplit, its file, or the directory that `moesaic split` wrote. Methods that do
+    not look at it (`hidden-clusters`, `kaiming`) do with the number of routed `experts` instead.
+    Raises UserError where neither is given.
     """
+    if (split is None) == (experts is None):
+        raise UserError("Give either a split or the number of routed experts.")
     out = check_step(out, overwrite=overwrite, inputs=[model, split, method, data])
     with output_directory(out, overwrite=overwrite) as partial:
-        division = split if isinstance(split, NeuronSplit) else NeuronSplit.load(Path(split))
+        if split is None:
+            assert experts is not None
+            division = _any_split(Path(model), experts, resolve_router(method))
+        else:
+            division = split if isinstance(split, NeuronSplit) else NeuronSplit.load(Path(split))
         made = init_router(
             model, split=division, method=method, gate=gate, top_k=top_k, data=data, seed=seed
         )
@@ -324,6 +336,22 @@ def make_router(
         write_text(partial / "router.json", json.dumps(made.meta, indent=2) + "\n")
         write_lineage(partial, step="router", parent=str(model), config=made.meta, seed=seed)
     return out
+
+
+def _any_split(model: Path, experts: int, method: RouterMethod) -> NeuronSplit:
+    """A split with so many experts, for a method that does not look at it."""
+    if method.reads_split:
+        raise UserError(
+            f"The router init {method.key} looks at the experts' neurons. Give a split instead of "
+            "experts."
+        )
+    dense = open_dense(model)
+    if not 1 <= experts <= dense.width:
+        raise UserError(f"experts={experts} was given. Give 1 to {dense.width}.")
+    blocks = np.array_split(np.arange(dense.width), experts)
+    layers = range(dense.layers)
+    meta = {"method": "any", "experts": experts}
+    return NeuronSplit([blocks for _ in layers], [[] for _ in layers], dense.width, meta)
 
 
 def resolve_router(method: str | Mapping[str, Any] | RouterMethod) -> RouterMethod:

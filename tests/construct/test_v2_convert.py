@@ -354,3 +354,15 @@ def test_sequential_is_the_default_split_and_kaiming_the_router(dense, tmp_path)
     assert [ids.tolist() for ids in blocks] == np.arange(48).reshape(4, 12).tolist()
     edit_config(made, model_type="mixtral")  # what the original's loader would be told
     assert load(made).config.model_type == "llama_moe_v2"
+
+
+def test_gates_need_no_split_but_centroids_do(dense, text, tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text("method: hidden-random\ntokens: 1024\ncontext: 32\n")
+    start = ["router", dense, "--gate", "linear", "--data", text, "--experts", 5]
+    result = run_cli(*start, "-o", tmp_path / "r", "--method", file)  # 5 does not divide 48
+    assert result.exit_code == 0, result.stderr
+    assert RouterInit.load(tmp_path / "r").num_experts == 5
+    refused = run_cli(*start, "-o", tmp_path / "q", "--method", "centroids")
+    assert_user_error(refused, "centroids", "split")
+    assert_user_error(run_cli("router", dense, "-o", tmp_path / "q"), "split", "experts")

@@ -15,7 +15,13 @@ PANEL = "Make"
 def command(
     model: Annotated[Path, typer.Argument(help="Directory of the dense model.")],
     out: OutOption,
-    split: Annotated[Path, typer.Option(help="What `moesaic split` wrote for this model.")],
+    split: Annotated[
+        Path | None, typer.Option(help="What `moesaic split` wrote for this model.")
+    ] = None,
+    experts: Annotated[
+        int | None,
+        typer.Option(help="Routed experts, instead of a split, for methods that need none."),
+    ] = None,
     method: Annotated[
         str,
         typer.Option(help="A name of `moesaic list routers`, or a YAML file of its settings."),
@@ -25,7 +31,8 @@ def command(
         int, typer.Option(help="Routed experts a token will use; `select` learns these.")
     ] = 1,
     data: Annotated[
-        str | None, typer.Option(help="Text for `select`: file, folder or dataset.")
+        str | None,
+        typer.Option(help="Text for methods that look at it: file, folder or dataset."),
     ] = None,
     seed: SeedOption = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace the output directory.")] = False,
@@ -36,6 +43,9 @@ def command(
     The directory holds router.safetensors; give it to `moesaic convert --router`.
 
     Example: `moesaic router ckpt/dense -o runs/router --split runs/split --method centroids`
+
+    Example: `moesaic router ckpt/dense -o runs/gates --experts 8 --method hidden-clusters
+    --gate linear --data text.jsonl`
     """
     from moesaic.cli.settings import settings_or_name
     from moesaic.construct.router import RouterInit, make_router
@@ -44,6 +54,7 @@ def command(
         model,
         out=out,
         split=split,
+        experts=experts,
         method=settings_or_name(method),
         gate=gate,  # type: ignore[arg-type]  # checked by make_router
         top_k=top_k,

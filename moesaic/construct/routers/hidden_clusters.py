@@ -24,6 +24,7 @@ class HiddenClusters(RouterMethod):
     """
 
     needs_data: ClassVar[bool] = True
+    reads_split: ClassVar[bool] = False
     networks: ClassVar[tuple[Gate, ...]] = ("linear",)
 
     jitter: float = Field(default=0.4, ge=0, lt=1)

@@ -22,6 +22,7 @@ class HiddenRandom(RouterMethod):
     """
 
     needs_data: ClassVar[bool] = True
+    reads_split: ClassVar[bool] = False
     networks: ClassVar[tuple[Gate, ...]] = ("linear",)
 
     tokens: int = Field(default=16_384, ge=2)

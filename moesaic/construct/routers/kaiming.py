@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import ClassVar
 
 import torch
 
@@ -16,6 +17,8 @@ class Kaiming(RouterMethod):
 
     What LLaMA-MoE-v2's converter does without a gate file (arXiv 2411.15708).
     """
+
+    reads_split: ClassVar[bool] = False
 
     def build(self, inputs: RouterInputs) -> Iterator[dict[str, torch.Tensor]]:
         """Yield the router weights of every layer, drawn from one seeded stream."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import ClassVar
 
 import torch
 
@@ -17,6 +18,8 @@ class Random(RouterMethod):
     The law of the original, whose converter keeps whatever a freshly built model holds
     (arXiv 2406.16554, section 3.3): every linear layer of the router, both of an `mlp`.
     """
+
+    reads_split: ClassVar[bool] = False
 
     std: float | None = None
     """Standard deviation; the model's initializer_range when not given."""

@@ -36,7 +36,6 @@ class Select(RouterMethod):
     """
 
     needs_data: ClassVar[bool] = True
-
     criterion: Criterion = "l2_norm"
     """Activity of an expert from its neurons h: |sum h|, sum max(h, 0), sum |h| or sum h²."""
     target: Target = "topk"
