@@ -92,9 +92,9 @@ class Construction:
             moments = 2 * T * F * F + 2 * T * F * D
             trials = _STRENGTHS * 4 * F * F * D + 2 * F**3 / 3
             yield Stage("refit", L * (moments + trials), L * 9 * F**3, L * 2 * T * F * 4)
-        if self.attention_refit:  # two more passes through attention, then as the refit
+        if self.attention_refit:  # on what the streams met anyway
             fit = 2 * T * D * D * 2 + _STRENGTHS * 4 * D**3
-            yield Stage("attention refit", L * (2 * attend + fit), L * 9 * D**3)
+            yield Stage("attention refit", L * fit, L * 9 * D**3)
         if self.refine is not None:
             passes, batch = self.refine
             trained = passes * T * 7 / 8

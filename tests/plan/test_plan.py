@@ -67,7 +67,8 @@ def test_every_shipped_construction_can_be_planned(name: str) -> None:
 
 def test_refining_and_the_attention_cost_more() -> None:
     name, keys = "llama-2-7b-2of8", ["refine=layerwise", "attention=1.0"]
-    plain, more = plan(name, machine=MACHINE), plan(name, machine=MACHINE, overrides=keys)
+    plain = plan(name, machine=MACHINE, overrides=["attention=null"])
+    more = plan(name, machine=MACHINE, overrides=keys)
     added = more.seconds["construct"].keys() - plain.seconds["construct"].keys()
     assert added == {"refine", "attention refit"}
     twice = [*keys[1:], "refine={method: layerwise, passes: 6}"]
