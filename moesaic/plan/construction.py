@@ -98,10 +98,12 @@ class Construction:
         if self.refine is not None:
             passes, batch = self.refine
             trained = passes * T * 7 / 8
-            products = 3 * trained * 6 * D * F * self.active  # forward and twice that backward
+            trained_products = (
+                3 * trained * 6 * D * F * self.active
+            )  # forward and twice that backward
             # Adam reads and writes weights, gradients and two moments, and gradients are cleared
             steps = max(1, trained / min(batch, T))
-            yield Stage("refine", L * products, moved=L * steps * 3 * D * F * 4 * 8)
+            yield Stage("refine", L * trained_products, moved=L * steps * 3 * D * F * 4 * 8)
         moved = 3 * self.total * 4
         yield Stage("assemble and write", 0, 0, moved, self.total * self.itemsize)
 

@@ -57,8 +57,8 @@ def command(
     scale: Annotated[
         str,
         typer.Option(
-            help="Factor on the chosen experts' weighted sum: auto (experts / top-k; 1 in a v2 with "
-            "shared experts), layerwise (measured on --data), a number, or one per layer with "
+            help="Factor on the chosen experts' weighted sum: auto (experts / top-k; 1 in a v2 "
+            "with shared experts), layerwise (measured on --data), a number, or one per layer with "
             "commas."
         ),
     ] = "auto",
