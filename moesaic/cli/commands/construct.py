@@ -37,10 +37,11 @@ def command(
 
     Example: `moesaic construct energy -o runs/moe --model ckpt/dense --data text.jsonl`
     """
+    from json import loads
+
     from moesaic.construct.pipeline import Recipe, construct
     from moesaic.core.config import override, parse, read_yaml
     from moesaic.core.files import write_text
-    from moesaic.models.checkpoint import read_json
     from moesaic.recipes import find
     from moesaic.report import construct_page
 
@@ -51,7 +52,7 @@ def command(
             given[key] = value
     settings = parse(Recipe, override(given, set_ or ()), source=str(file))
     path = construct(model, out=out, recipe=settings, overwrite=overwrite)
-    figures: dict[str, Any] = read_json(path / "construct.json")
+    figures: dict[str, Any] = loads((path / "construct.json").read_text(encoding="utf-8"))
     write_text(path / "report.html", construct_page.page(figures).html())
     result = {"path": str(path), **figures}
     emit(result, json=json, render=lambda: _show(figures), path=path)
