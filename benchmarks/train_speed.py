@@ -6,7 +6,8 @@
 
 Prints, for each way, milliseconds an update (wall), milliseconds that kernels ran (profiler; when
 this is much less than wall, the host is the limit), tokens/s, MFU from active parameters and the
-peak of memory. The row `+ data thread` adds blocks drawn by the thread that `moesaic train` uses, from random ids.
+peak of memory. The row `+ data thread` adds blocks drawn by the thread that `moesaic train` uses,
+from random ids.
 """
 
 from __future__ import annotations
