@@ -8,10 +8,12 @@ lengths, P policies, V words kept of each of three kinds:
     segment routing    16 L E S + 24 L S B    (S B where intervals are of the model only)
     hit rates          16 P L E (B + 1)
     co-activation      16 L E^2
-    vocabulary         12 L E V, kept below `VOCABULARY_BYTES` by leaving out the rarest words
+    vocabulary         12 L E V, kept below `VOCABULARY_BYTES` by leaving out the rarest words;
+                       at the end 8 L E V more
     a block            about 150 MB, and the temporary arrays of a metric
 
-With 16 layers of 64 experts and 1000 replicates: under 1 GB, and 2.3 GB with 48 layers of 128.
+16 layers of 64 experts, 1000 replicates and 50,000 words: sums of 0.8 GB, see
+benchmarks/routing.md for what the process takes. 48 layers of 128: sums of 2.2 GB.
 """
 
 from __future__ import annotations
@@ -108,6 +110,8 @@ class Study:
     pooled: dict[str, Metric] = field(init=False)
     current: dict[str, Metric] = field(init=False)
     words_left_out: int = 0
+    largest: int = 0
+    """Most bytes that all sums took."""
 
     def __post_init__(self) -> None:
         """Start with empty sums."""
@@ -193,6 +197,7 @@ class Study:
         """Pool the sums of the current domain, return its figures and go to the next."""
         from moesaic.routing.tabulate import domain_figures
 
+        self.largest = max(self.largest, self.bytes)
         figures = domain_figures(self)
         for name, metric in self.current.items():
             if name in self.pooled:

@@ -84,7 +84,7 @@ def summarise(study: Study, tables: dict[str, Table]) -> dict[str, Any]:
         },
         "share_of_belady": _share_of_belady(rates["model"]),
         "notes": _notes(study, tables),
-        "memory_bytes": study.bytes,
+        "memory_bytes": study.largest,
     }
 
 

@@ -151,9 +151,8 @@ def tables_of(study: Study, parts: Sequence[Arrays], decode: Words) -> dict[str,
     tables["pairs"] = _pairs_table(coactivation, trace.layers, trace.shape.num_experts)
     tables["next_layer"] = _next_table(coactivation.next_LEE, trace.layers)
     tables["kept"] = {"layer": layers, "kept": coactivation.kept_L}
-    words = cast(Vocabulary, study.pooled["vocabulary"]).result()
-    tables["words"] = _words_table(words, trace, decode)
-    tables["experts"] = _experts_table(study, parts, names, pooled, words, tables["words"])
+    tables["words"], special = _words_table(study, decode)
+    tables["experts"] = _experts_table(study, parts, names, pooled, special, tables["words"])
     tables |= _correlation_tables(parts, names, settings.headline)
     return tables
 
@@ -339,11 +338,16 @@ def _next_table(next_LEE: NDArray[np.int64], layers: Sequence[int]) -> Table:
     }
 
 
-def _words_table(words: Mapping[str, Any], trace: Any, decode: Words) -> Table:
+def _words_table(study: Study, decode: Words) -> tuple[Table, Arrays]:
+    """Words that experts own, and the specialisation [L, E] in each kind of word."""
+    trace = study.trace
     columns: Table = {
         key: [] for key in ("kind", "layer", "expert", "rank", "id", "word", "frequency", "count")
     }
-    for kind, figures in words.items():
+    special: Arrays = {}
+    for kind in WORDS:  # one at a time: their counts are large
+        figures = cast(Vocabulary, study.pooled["vocabulary"]).at(kind)
+        special[kind] = figures.specialisation_LE
         for place, layer in enumerate(trace.layers):
             for expert in range(trace.shape.num_experts[place]):
                 owned = figures.owned(place, expert, TOP_WORDS)
@@ -351,7 +355,7 @@ def _words_table(words: Mapping[str, Any], trace: Any, decode: Words) -> Table:
                     row = (kind, layer, expert, rank, word, decode(word), frequency, count)
                     for column, value in zip(columns.values(), row, strict=True):
                         column.append(value)
-    return {key: np.array(values) for key, values in columns.items()}
+    return {key: np.array(values) for key, values in columns.items()}, special
 
 
 def _experts_table(
@@ -359,7 +363,7 @@ def _experts_table(
     parts: Sequence[Arrays],
     names: Sequence[str],
     pooled: Arrays,
-    words: Mapping[str, Any],
+    special: Mapping[str, NDArray[np.float64]],
     word_table: Table,
 ) -> Table:
     """One row an expert: everything that is known about it."""
@@ -376,7 +380,7 @@ def _experts_table(
     table["domain_specialisation"] = _real(domains.specialisation_LE, experts_L)
     table["top_domain"] = np.array(names)[_real(favourite_LE, experts_L)]
     for kind in WORDS:
-        table[f"{kind}_specialisation"] = _real(words[kind].specialisation_LE, experts_L)
+        table[f"{kind}_specialisation"] = _real(special[kind], experts_L)
     tops: dict[tuple[int, int], list[str]] = {}
     read = [word_table[key].tolist() for key in ("kind", "layer", "expert", "rank", "word")]
     for kind, layer, expert, rank, word in zip(*read, strict=True):

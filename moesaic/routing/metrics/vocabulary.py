@@ -114,9 +114,10 @@ class Vocabulary(Metric):
 
     def result(self) -> dict[str, VocabularyFigures]:
         """Return the figures of each kind of word."""
-        return {word: self._figures(word) for word in WORDS}
+        return {word: self.at(word) for word in WORDS}
 
-    def _figures(self, word: Word) -> VocabularyFigures:
+    def at(self, word: Word) -> VocabularyFigures:
+        """Return the figures of one kind of word; their counts take 8 L E V bytes."""
         counts_LEV = self.sums[word]
         kept_V = np.flatnonzero(self.sums[f"seen {word}"] >= max(1, self.min_count))
         counts_LEV = counts_LEV[:, :, kept_V].astype(np.int64)
