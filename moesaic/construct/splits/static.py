@@ -17,6 +17,6 @@ class Static(CalibratedSplit):
     def divide_layer(self, view: LayerView) -> LayerSplit:
         """Divide one layer."""
         view = view.first(self.tokens)
-        order = torch.argsort(view.energy_TF.mean(0), descending=True, stable=True).numpy()
-        parts = list(order.reshape(view.experts, -1))
+        order = torch.argsort(view.energy_TF.mean(0), descending=True, stable=True)
+        parts = list(order.view(view.experts, -1).sort(dim=1).values.numpy())
         return LayerSplit(parts[view.shared :], parts[: view.shared])
