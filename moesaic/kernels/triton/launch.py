@@ -65,10 +65,14 @@ class Launcher:
             return
         stream = torch._C._cuda_getCurrentRawStream(device)
         x, y, z = (*grid, 1, 1)[:3]
-        compiled.run(
-            x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None,
-            *arguments,
-        )  # fmt: skip
+        try:
+            compiled.run(
+                x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None,
+                *arguments,
+            )  # fmt: skip
+        except (AttributeError, TypeError):  # a build of Triton with another inner call
+            self._direct = False
+            self._function[grid](*arguments, **options)
 
 
 def _itself(argument: Any) -> Any:
