@@ -113,14 +113,10 @@ def leave(buffer, desc, ptr, stride, row, column, valid, columns):
 
 
 @gluon.jit
-def emit(
-    value, buffers, TURN: gl.constexpr, desc, ptr, stride, row, column, valid, columns,
-    TRANSPOSED: gl.constexpr = False,
-):  # fmt: skip
+def emit(value, buffers, TURN: gl.constexpr, desc, ptr, stride, row, column, valid, columns):
     """Give a [64, 64] chunk to (row, column) of a matrix, of whose rows `valid` are ours.
 
-    By tensor memory when all are; else masked, since the next rows are another expert's. TRANSPOSED
-    gives the chunk's transpose.
+    By tensor memory when all are; else masked, since the next rows are another expert's.
     """
     buffer = buffers.index(TURN % 2)
     if valid >= HALF:
@@ -128,10 +124,7 @@ def emit(
     else:
         tma.store_wait(0)
     sync()
-    if TRANSPOSED:
-        buffer.permute((1, 0)).store(value)
-    else:
-        buffer.store(value)
+    buffer.store(value)
     fence_async_shared()
     sync()
     leave(buffer, desc, ptr, stride, row, column, valid, columns)
