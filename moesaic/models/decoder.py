@@ -23,14 +23,13 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
+from transformers.integrations.moe import use_experts_implementation
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     MoeCausalLMOutputWithPast,
     MoeModelOutputWithPast,
 )
-from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaRMSNorm,
@@ -43,9 +42,7 @@ from transformers.utils.output_capturing import capture_outputs
 from moesaic.core.errors import UserError
 from moesaic.models.balance import layer_balance, pooled_balance, sum_losses
 from moesaic.models.padding import share_of_step, valid_tokens
-
-DEFAULT_EXPERTS = "moesaic"
-"""The experts implementation unless another is asked for: it takes every expert width."""
+from moesaic.models.pretrained import PreTrainedMoE
 
 
 class Decision(NamedTuple):
@@ -246,7 +243,7 @@ class MoEDecoderOutput(MoeModelOutputWithPast):
     aux_loss: torch.Tensor | None = None
 
 
-class MoEPreTrainedModel(PreTrainedModel):
+class MoEPreTrainedModel(PreTrainedMoE):
     """What every class of these families has."""
 
     base_model_prefix = "model"
@@ -263,18 +260,6 @@ class MoEPreTrainedModel(PreTrainedModel):
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [
         r"rotary_emb\.inv_freq$",  # derived from the config, in files of old versions
     ]
-
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        # transformers searches the class's source file for the decorator, caching it on a base
-        return True
-
-    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        if requested_experts is None:
-            requested_experts = (
-                DEFAULT_EXPERTS if DEFAULT_EXPERTS in ALL_EXPERTS_FUNCTIONS else "eager"
-            )
-        return super().get_correct_experts_implementation(requested_experts)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

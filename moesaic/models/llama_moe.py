@@ -25,10 +25,9 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationMixin
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
+from transformers.integrations.moe import use_experts_implementation
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaRMSNorm,
@@ -58,10 +57,8 @@ from moesaic.models.gates import (
     Weighting,
 )
 from moesaic.models.padding import last_tokens, share_of_step, valid_tokens
+from moesaic.models.pretrained import PreTrainedMoE
 from moesaic.models.randomness import Randomness
-
-DEFAULT_EXPERTS = "moesaic"
-"""The experts implementation unless another is asked for: it takes every expert width."""
 
 
 class LlamaMoEConfig(PreTrainedConfig):
@@ -499,7 +496,7 @@ class LlamaMoEDecoderLayer(GradientCheckpointingLayer):
         )
 
 
-class LlamaMoEPreTrainedModel(PreTrainedModel):
+class LlamaMoEPreTrainedModel(PreTrainedMoE):
     """Loading, initialisation and the original program's setters, for every LLaMA-MoE class."""
 
     config: LlamaMoEConfig
@@ -520,18 +517,6 @@ class LlamaMoEPreTrainedModel(PreTrainedModel):
         r"rotary_emb\.inv_freq$",  # derived from the config, in files of old versions
         r"gate\.weight_noise\.weight$",  # of a checkpoint whose config turns the noise off
     ]
-
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        # transformers searches the class's source file for the decorator, caching it on a base
-        return True
-
-    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        if requested_experts is None:
-            requested_experts = (
-                DEFAULT_EXPERTS if DEFAULT_EXPERTS in ALL_EXPERTS_FUNCTIONS else "eager"
-            )
-        return super().get_correct_experts_implementation(requested_experts)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -20,19 +20,18 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationMixin
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
-from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import can_return_tuple
 
 from moesaic.core.errors import UserError, unknown
 from moesaic.models.balance import layer_balance, pooled_balance
-from moesaic.models.decoder import DEFAULT_EXPERTS, Decision, DenseMLP, Experts, Router
+from moesaic.models.decoder import Decision, DenseMLP, Experts, Router
 from moesaic.models.family import Family
 from moesaic.models.layouts import qwen_layout
 from moesaic.models.padding import share_of_step, valid_tokens
+from moesaic.models.pretrained import PreTrainedMoE
 
 # What transformers checks and completes in every config that has it; text_config does so itself.
 _TEXT_ONLY = ("rope_parameters", "rope_scaling", "rope_theta", "layer_types")
@@ -204,7 +203,7 @@ class MoesaicBlock(nn.Module):
         return y_BSD
 
 
-class MoesaicMoePreTrainedModel(PreTrainedModel):
+class MoesaicMoePreTrainedModel(PreTrainedMoE):
     """What every class of this family has."""
 
     config: MoesaicMoeConfig
@@ -219,19 +218,8 @@ class MoesaicMoePreTrainedModel(PreTrainedModel):
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"rotary_emb\.inv_freq$"]
 
     @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        # transformers searches the class's source file for the decorator, caching it on a base
-        return True
-
-    @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         return True
-
-    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        if requested_experts is None:
-            known = DEFAULT_EXPERTS in ALL_EXPERTS_FUNCTIONS
-            requested_experts = DEFAULT_EXPERTS if known else "eager"
-        return super().get_correct_experts_implementation(requested_experts)
 
 
 class MoesaicMoeForCausalLM(MoesaicMoePreTrainedModel, GenerationMixin):

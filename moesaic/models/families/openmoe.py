@@ -37,11 +37,11 @@ from transformers.core_model_loading import (
     WeightConverter,
 )
 from transformers.generation import GenerationMixin
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
+from transformers.integrations.moe import use_experts_implementation
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     eager_attention_forward,
@@ -54,8 +54,8 @@ from transformers.utils.output_capturing import capture_outputs
 from moesaic.core.errors import UserError, unknown
 from moesaic.models.balance import balance_loss, router_z_loss, share_of_step, valid_tokens
 from moesaic.models.family import Family
+from moesaic.models.pretrained import PreTrainedMoE
 
-DEFAULT_EXPERTS = "moesaic"
 LossReduction = Literal["mean", "original"]
 _ROPE_BASE = 1e4  # fixed in the original, whatever config.rope_theta says
 
@@ -369,7 +369,7 @@ class HFOpenMoeDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + extra, logits_TE
 
 
-class HFOpenMoePreTrainedModel(PreTrainedModel):
+class HFOpenMoePreTrainedModel(PreTrainedMoE):
     """Loading and initialisation of every OpenMoE class."""
 
     config: HFOpenMoeConfig
@@ -384,18 +384,6 @@ class HFOpenMoePreTrainedModel(PreTrainedModel):
         "hidden_states": HFOpenMoeDecoderLayer,
         "attentions": HFOpenMoeAttention,
     }
-
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        # transformers searches the class's source file for the decorator, caching it on a base
-        return True
-
-    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        if requested_experts is None:
-            requested_experts = (
-                DEFAULT_EXPERTS if DEFAULT_EXPERTS in ALL_EXPERTS_FUNCTIONS else "eager"
-            )
-        return super().get_correct_experts_implementation(requested_experts)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

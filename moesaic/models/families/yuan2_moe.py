@@ -34,14 +34,14 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.core_model_loading import MergeModulelist, WeightConverter
 from transformers.generation import GenerationMixin
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
+from transformers.integrations.moe import use_experts_implementation
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     eager_attention_forward,
@@ -54,8 +54,8 @@ from transformers.utils.output_capturing import capture_outputs
 from moesaic.core.errors import UserError
 from moesaic.models.balance import balance_loss, share_of_step, valid_tokens
 from moesaic.models.family import Family
+from moesaic.models.pretrained import PreTrainedMoE
 
-DEFAULT_EXPERTS = "moesaic"
 _REACH = 2
 """Inputs before the present one that reach the filter's output: its two convolutions' taps."""
 _ROPE_BASE = 10000.0
@@ -385,7 +385,7 @@ class YuanDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + mixed, logits_TE
 
 
-class YuanPreTrainedModel(PreTrainedModel):
+class YuanPreTrainedModel(PreTrainedMoE):
     """Loading and initialisation of every Yuan class."""
 
     config: YuanConfig
@@ -401,18 +401,6 @@ class YuanPreTrainedModel(PreTrainedModel):
         "hidden_states": YuanDecoderLayer,
         "attentions": YuanAttention,
     }
-
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        # transformers searches the class's source file for the decorator, caching it on a base
-        return True
-
-    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        if requested_experts is None:
-            requested_experts = (
-                DEFAULT_EXPERTS if DEFAULT_EXPERTS in ALL_EXPERTS_FUNCTIONS else "eager"
-            )
-        return super().get_correct_experts_implementation(requested_experts)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
