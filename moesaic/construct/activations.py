@@ -1,7 +1,7 @@
 """Run a dense model over text one layer at a time, so that one layer is in memory, never a model.
 
 Notation: B rows of text, C tokens a row, T = B*C tokens, D hidden size, F neurons of a layer.
-Everything is float32 on the CPU.
+Everything is float32, on the CPU unless another device is asked for.
 """
 
 from __future__ import annotations
@@ -44,16 +44,20 @@ class LayerInputs:
 class LayerStream:
     """The layers of a dense model, loaded one by one and applied to hidden states [B, C, D]."""
 
-    def __new__(cls, dense: DenseModel, *, context: int) -> LayerStream:
+    def __new__(
+        cls, dense: DenseModel, *, context: int, device: torch.device | str = "cpu"
+    ) -> LayerStream:
         """A stream of the family's own layers where these are not LLaMA's."""
-        del context
+        del context, device
         if cls is LayerStream and dense.mixture != "llama_moe":
             from moesaic.construct.family_stream import FamilyStream
 
             return object.__new__(FamilyStream)
         return object.__new__(cls)
 
-    def __init__(self, dense: DenseModel, *, context: int) -> None:
+    def __init__(
+        self, dense: DenseModel, *, context: int, device: torch.device | str = "cpu"
+    ) -> None:
         from transformers import LlamaConfig
         from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -62,9 +66,9 @@ class LayerStream:
         }
         self.config = LlamaConfig(**{**fields, "attn_implementation": "sdpa"})
         self.config.dtype = torch.float32
-        self.dense = dense
-        self._positions = torch.arange(context).unsqueeze(0)
-        self._rotary = LlamaRotaryEmbedding(self.config)
+        self.dense, self.device = dense, torch.device(device)
+        self._positions = torch.arange(context, device=device).unsqueeze(0)
+        self._rotary = LlamaRotaryEmbedding(self.config).to(device)
 
     def embed(self, ids_BC: torch.Tensor) -> torch.Tensor:
         """Hidden states before the first layer: [B, C, D]."""
@@ -75,7 +79,7 @@ class LayerStream:
                 f"The tokenizer gives id {highest}, but the model has {len(table)} embeddings. "
                 "Tokenizer and weights do not belong together."
             )
-        return table[ids_BC].float()
+        return table[ids_BC].float().to(self.device)
 
     def load(self, layer: int) -> torch.nn.Module:
         """Return one decoder layer in float32."""
@@ -86,7 +90,10 @@ class LayerStream:
         start = f"{self.dense.prefix}layers.{layer}."
         biases = self.dense.biases(layer) or ()
         names = [*self.dense.others(layer), *self.dense.ffn(layer), *biases]
-        weights = {name.removeprefix(start): self.dense.read(name).float() for name in names}
+        weights = {
+            name.removeprefix(start): self.dense.read(name).to(self.device).float()
+            for name in names
+        }
         module.load_state_dict(weights, assign=True, strict=True)
         return module.eval()
 

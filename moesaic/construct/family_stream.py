@@ -42,8 +42,10 @@ class GatedMLP(nn.Module):
 class FamilyStream(LayerStream):
     """The layers of a dense model of any family of `dense_families`, loaded one by one."""
 
-    def __init__(self, dense: DenseModel, *, context: int) -> None:
-        self.dense = dense
+    def __init__(
+        self, dense: DenseModel, *, context: int, device: torch.device | str = "cpu"
+    ) -> None:
+        self.dense, self.device = dense, torch.device(device)
         self._context = context
         whole = family_model(dense.config).model
         self.config = whole.config
@@ -61,7 +63,7 @@ class FamilyStream(LayerStream):
         base.rotary_emb = type(base.rotary_emb)(self.config)
         base.norm = nn.Identity()
         base.layers = nn.ModuleList([_Witness(layer) for layer in self._layers])
-        self._base: Any = base.eval()
+        self._base: Any = base.eval().to(device)
         self._seen: dict[tuple[int, ...], list[dict[str, Any]]] = {}
         self._embedding: nn.Module | None = None
 
@@ -70,13 +72,13 @@ class FamilyStream(LayerStream):
         super().embed(ids_BC.flatten()[ids_BC.argmax()].view(1, 1))  # refuses ids beyond the table
         if self._embedding is None:
             self._embedding = self._base.embed_tokens
-            table = self.dense.read(self.dense.outer()[0][0]).float()
+            table = self.dense.read(self.dense.outer()[0][0]).to(self.device).float()
             self._embedding.weight = nn.Parameter(table, requires_grad=False)
         # What the first layer is given: some versions scale in the model, some in the embedding.
         with torch.no_grad():
             parts = []
             for rows in ids_BC.split(_ROWS_AT_ONCE):
-                self._base(input_ids=rows, use_cache=False)
+                self._base(input_ids=rows.to(self.device), use_cache=False)
                 parts.append(self._base.layers[0].hidden)
         return torch.cat(parts).float()
 
@@ -86,12 +88,15 @@ class FamilyStream(LayerStream):
         module.mlp = None
         start = f"{self.dense.prefix}layers.{layer}."
         names = self.dense.others(layer)
-        weights = {name.removeprefix(start): self.dense.read(name).float() for name in names}
+        weights = {name.removeprefix(start): self._read(name) for name in names}
         module.load_state_dict(weights, assign=True, strict=True)
         parts = zip(("gate_proj", "up_proj", "down_proj"), self.dense.ffn(layer), strict=True)
-        ffn = {part: self.dense.read(name).float() for part, name in parts}
+        ffn = {part: self._read(name) for part, name in parts}
         module.mlp = GatedMLP(ffn, self.dense.activation)
         return module.eval()
+
+    def _read(self, name: str) -> torch.Tensor:
+        return self.dense.read(name).to(self.device).float()
 
     def block(self, module: Any, rows_BCD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Residual stream and feed-forward input [B, C, D], with gradients."""

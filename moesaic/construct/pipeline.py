@@ -84,6 +84,22 @@ class Recipe(Config):
     """Documents of each domain that are read; all by default."""
     held_out_context: int = Field(default=512, ge=2)
     """Tokens of a held-out row."""
+    device: str = "auto"
+    """Where the layers are made and measured: a torch device; auto: CUDA where there is one."""
+
+    def place(self) -> torch.device:
+        """The device. Raises UserError for one that is not there."""
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            found = torch.device(self.device)
+        except RuntimeError:
+            raise UserError(
+                f"device '{self.device}' is unknown. Use auto, cpu, cuda or cuda:N."
+            ) from None
+        if found.type == "cuda" and not torch.cuda.is_available():
+            raise UserError(f"device is '{found}' but this machine has no CUDA GPU. Use auto.")
+        return found
 
 
 @dataclass
@@ -281,7 +297,7 @@ class _Maker:
     ) -> None:
         recipe, dense = made.recipe, made.dense
         self.made, self.refit, self.refine = made, refit, refine
-        self.stream = LayerStream(dense, context=ids_BC.shape[1])
+        self.stream = LayerStream(dense, context=ids_BC.shape[1], device=recipe.place())
         self.dense_BCD = self.stream.embed(ids_BC)
         self.moe_BCD = self.dense_BCD.clone()
         self.held_T: torch.Tensor | None = None
@@ -413,9 +429,9 @@ class _Maker:
         drift = (self.moe_BCD - self.dense_BCD).square().sum()
         spread = (dense_TD - dense_TD.mean(0)).square().sum()
         converted.facts["stream_error"] = float(drift / spread)
-        self.made.layers.append(converted)
-        self.made.attention.append(attention)
-        self.made.refined.append(refined)
+        self.made.layers.append(converted.to("cpu"))
+        self.made.attention.append(None if attention is None else attention.cpu())
+        self.made.refined.append(None if refined is None else refined.to("cpu"))
 
     def _view(
         self, index: int, x_TD: torch.Tensor, neurons_TF: torch.Tensor, mlp: Any
@@ -449,7 +465,8 @@ class _Maker:
             router = self.fitter.fit_layer(view, parts.experts)
         else:
             assert self.routers is not None
-            router = {name: weight.float() for name, weight in next(self.routers).items()}
+            router = next(self.routers)
+        router = {name: weight.to(view.x_TD.device).float() for name, weight in router.items()}
         order = torch.from_numpy(np.concatenate([*parts.experts, *parts.shared]))
         bias = getattr(mlp.down_proj, "bias", None)
         return ConvertedLayer(
@@ -481,7 +498,7 @@ class _Maker:
         ).eval()
         assert gate.gate_network is not None
         gate.gate_network.load_state_dict(router)
-        return gate
+        return gate.to(self.stream.device)
 
     def _attend(
         self, module: Any, dense_TD: torch.Tensor
@@ -504,8 +521,9 @@ class _Maker:
         target_TD = torch.lerp(moe_TD, dense_TD, blend) - before_TD
         offset = 0.0 if projection.bias is None else projection.bias
         target_TD = target_TD - offset
-        held_T = held_back(len(mixed_TP), self.moe_BCD.shape[1])
-        fitted, held = (Moments(mixed_TP.shape[1], target_TD.shape[1]) for _ in range(2))
+        held_T = held_back(len(mixed_TP), self.moe_BCD.shape[1]).to(mixed_TP.device)
+        sizes = (mixed_TP.shape[1], target_TD.shape[1])
+        fitted, held = (Moments(*sizes, device=mixed_TP.device) for _ in range(2))
         fitted.add(mixed_TP[~held_T], target_TD[~held_T])
         held.add(mixed_TP[held_T], target_TD[held_T])
         found = solve(fitted, held, start_PQ=projection.weight.T.contiguous())
@@ -529,7 +547,7 @@ class _Maker:
                 view.up_FD[split].clone(),
                 down_PD.view(len(sizes), sizes[0], -1).clone(),
                 converted.router["weight"].clone(),
-                converted.router.get("bias", torch.zeros(len(sizes))).clone(),
+                converted.router.get("bias", view.x_TD.new_zeros(len(sizes))).clone(),
             )
             refined, missed = distil(
                 start,
@@ -663,6 +681,7 @@ def _loss(made: Construction, stage: str | None) -> dict[str, Any]:
         recipe.held_out,
         context=recipe.held_out_context,
         max_documents=recipe.held_out_documents,
+        device=recipe.place(),
     )
     return {"loss": losses["mean"], "losses": losses}
 

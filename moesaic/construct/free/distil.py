@@ -48,6 +48,10 @@ class ExpertWeights:
         """All of them, experts first."""
         return [self.gate_EID, self.up_EID, self.down_EID, self.router_ED, self.bias_E]
 
+    def to(self, device: torch.device | str) -> ExpertWeights:
+        """The same weights on a device."""
+        return ExpertWeights(*(weight.to(device) for weight in self.tensors()))
+
     def choose(self, x_TD: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Chosen experts [T, K] and their softmax shares [T, K]."""
         shares_TE = (x_TD @ self.router_ED.T + self.bias_E).softmax(1)
@@ -112,7 +116,8 @@ def distil(
     order: list[torch.Tensor] = []
     for _ in range(steps):
         if not order:
-            order = list(train_N[torch.randperm(len(train_N), generator=generator)].split(size))
+            mixed_N = torch.randperm(len(train_N), generator=generator).to(train_N.device)
+            order = list(train_N[mixed_N].split(size))
         rows = order.pop()
         loss = (made.forward(x_TD[rows], top_k) - target_TD[rows]).square().mean() / scale
         optimizer.zero_grad()

@@ -18,7 +18,7 @@ class RouterFit:
     strengths = (1e-6, 1e-4, 1e-2, 1.0)
 
     def __init__(self, x_TD: torch.Tensor, held_T: torch.Tensor) -> None:
-        ones_T1 = torch.ones(len(x_TD), 1)
+        ones_T1 = x_TD.new_ones(len(x_TD), 1)
         self.x_TP = torch.cat([x_TD, ones_T1], dim=1)
         self._parts = [~held_T, held_T]
         self._inputs = [self.x_TP[part] for part in self._parts]
@@ -34,7 +34,7 @@ class RouterFit:
         made = []
         for part, x_TP, xx_PP in zip(self._parts, self._inputs, self._squares, strict=True):
             y_TE = target_TE[part]
-            moments = Moments(x_TP.shape[1], y_TE.shape[1], len(x_TP))
+            moments = Moments(x_TP.shape[1], y_TE.shape[1], len(x_TP), device=x_TP.device)
             moments.xx_PP, moments.xy_PQ = xx_PP, x_TP.T @ y_TE
             moments.yy = float(y_TE.square().sum())
             made.append(moments)

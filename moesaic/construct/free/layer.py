@@ -38,7 +38,8 @@ class ConvertedLayer:
     @property
     def order_P(self) -> torch.Tensor:
         """Neuron ids, expert by expert, shared ones last."""
-        return torch.from_numpy(np.concatenate([*self.parts.experts, *self.parts.shared]))
+        ids_P = torch.from_numpy(np.concatenate([*self.parts.experts, *self.parts.shared]))
+        return ids_P.to(self.down_PD.device)
 
     @property
     def owner_P(self) -> torch.Tensor:
@@ -46,7 +47,16 @@ class ConvertedLayer:
         sizes = [len(ids) for ids in self.parts.experts]
         owners = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
         rest = sum(len(ids) for ids in self.parts.shared)
-        return torch.cat([owners, torch.full((rest,), len(sizes))])
+        return torch.cat([owners, torch.full((rest,), len(sizes))]).to(self.down_PD.device)
+
+    def to(self, device: torch.device | str) -> ConvertedLayer:
+        """The same layer with its tensors on a device; its gate is moved itself."""
+        self.router = {name: weight.to(device) for name, weight in self.router.items()}
+        self.gate.to(device)
+        for name in ("down_PD", "down_bias_D", "refit_PD"):
+            value = getattr(self, name)
+            setattr(self, name, None if value is None else value.to(device))
+        return self
 
     @torch.inference_mode()
     def weights(self, x_TD: torch.Tensor) -> torch.Tensor:
@@ -56,9 +66,9 @@ class ConvertedLayer:
             decision = self.gate(part, statistics=False)
             ids_TK.append(decision.ids)
             weights_TK.append(decision.weights * self.scale)
-        made_TE = torch.zeros(len(x_TD), len(self.parts.experts))
+        made_TE = x_TD.new_zeros(len(x_TD), len(self.parts.experts))
         made_TE.scatter_(1, torch.cat(ids_TK), torch.cat(weights_TK))
-        return torch.cat([made_TE, torch.ones(len(x_TD), 1)], dim=1)
+        return torch.cat([made_TE, x_TD.new_ones(len(x_TD), 1)], dim=1)
 
     def features(self, neurons_TF: torch.Tensor, weights_TE: torch.Tensor) -> torch.Tensor:
         """The neurons times the weight of their expert: [T, P]."""
@@ -100,7 +110,7 @@ class ConvertedLayer:
             "never_chosen": [e for e, v in enumerate(load_E.tolist()) if v == 0],
         }
         few = slice(0, min(2048, len(own_TD)))
-        ones = torch.ones(len(own_TD[few]), weights_TE.shape[1])
+        ones = own_TD.new_ones(len(own_TD[few]), weights_TE.shape[1])
         for name, refitted in (("all_on", False), ("all_on_refit", True)):
             if refitted and self.refit_PD is None:
                 continue

@@ -25,13 +25,14 @@ class Moments:
     inputs: int
     outputs: int
     tokens: int = 0
+    device: torch.device | str = "cpu"
     xx_PP: torch.Tensor = field(init=False)
     xy_PQ: torch.Tensor = field(init=False)
     yy: float = 0.0
 
     def __post_init__(self) -> None:
-        self.xx_PP = torch.zeros(self.inputs, self.inputs)
-        self.xy_PQ = torch.zeros(self.inputs, self.outputs)
+        self.xx_PP = torch.zeros(self.inputs, self.inputs, device=self.device)
+        self.xy_PQ = torch.zeros(self.inputs, self.outputs, device=self.device)
 
     def add(self, x_TP: torch.Tensor, y_TQ: torch.Tensor) -> None:
         """Count these tokens."""
@@ -41,7 +42,7 @@ class Moments:
         self.yy += float(y_TQ.square().sum())
 
     def __add__(self, other: Moments) -> Moments:
-        both = Moments(self.inputs, self.outputs, self.tokens + other.tokens)
+        both = Moments(self.inputs, self.outputs, self.tokens + other.tokens, self.device)
         both.xx_PP = self.xx_PP + other.xx_PP
         both.xy_PQ = self.xy_PQ + other.xy_PQ
         both.yy = self.yy + other.yy

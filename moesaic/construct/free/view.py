@@ -51,7 +51,7 @@ class LayerView:
     @cached_property
     def held_T(self) -> torch.Tensor:
         """Every eighth row of text is held back: bool [T]."""
-        return held_back(len(self.x_TD), self.context)
+        return held_back(len(self.x_TD), self.context).to(self.x_TD.device)
 
     @cached_property
     def energy_TF(self) -> torch.Tensor:
@@ -156,7 +156,7 @@ def held_back(tokens: int, context: int) -> torch.Tensor:
 
 def sums_by_expert(values_TF: torch.Tensor, experts: Sequence[Ids]) -> torch.Tensor:
     """Sum of each expert's columns: [T, E]."""
-    member_FE = torch.zeros(values_TF.shape[1], len(experts))
+    member_FE = values_TF.new_zeros(values_TF.shape[1], len(experts))
     for expert, ids in enumerate(experts):
         member_FE[torch.from_numpy(ids), expert] = 1.0
     return values_TF @ member_FE

@@ -43,7 +43,7 @@ class Down(Refit):
                 f"refit: {inputs.tokens:,} calibration tokens for {neurons:,} neurons a layer; "
                 f"under {ENOUGH * neurons:,} the refit may overfit. Give more text or tokens."
             )
-        fitted, held = Moments(neurons, hidden), Moments(neurons, hidden)
+        fitted, held = (Moments(neurons, hidden, device=target_TD.device) for _ in range(2))
         for start in range(0, inputs.tokens, _PART):
             part = slice(start, min(start + _PART, inputs.tokens))
             h_TP, y_TD, held_T = inputs.features(part), target_TD[part], inputs.held_T[part]

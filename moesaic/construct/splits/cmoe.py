@@ -37,10 +37,10 @@ class Cmoe(CalibratedSplit):
         centre_TE = marker_TF[:, rest[:routed]]  # rest is in order of falling rate
         for _ in range(self.steps):
             cost_RE = distances(marker_TF[:, rest], centre_TE)
-            labels = torch.from_numpy(assign(-cost_RE.double().numpy()))
+            labels = torch.from_numpy(assign(-cost_RE.double().cpu().numpy())).to(rest.device)
             member_RE = torch.nn.functional.one_hot(labels, routed).float()
             centre_TE = marker_TF[:, rest] @ member_RE / size
-        found = rest.numpy()
-        experts = [np.sort(found[labels.numpy() == expert]) for expert in range(routed)]
-        parts = [np.sort(part) for part in shared.numpy().reshape(max(1, view.shared), -1)]
+        found = rest.cpu().numpy()
+        experts = [np.sort(found[labels.cpu().numpy() == expert]) for expert in range(routed)]
+        parts = [np.sort(part) for part in shared.cpu().numpy().reshape(max(1, view.shared), -1)]
         return LayerSplit(experts, parts if view.shared else [])

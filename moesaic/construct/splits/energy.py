@@ -49,14 +49,14 @@ class Energy(CalibratedSplit):
             view.facts.setdefault("captured", []).append(round(share, 4))
             if share > best[0]:
                 best = (share, labels)
-            moved = torch.from_numpy(assign((energy_TR.T @ chosen_TE).double().numpy()))
+            moved = _assign(energy_TR.T @ chosen_TE)
             if step == self.rounds or bool((moved == labels).all()):
                 break
             labels = moved
-        found = rest.numpy()
-        experts = [found[best[1].numpy() == expert] for expert in range(routed)]
+        found = rest.cpu().numpy()
+        experts = [found[best[1].cpu().numpy() == expert] for expert in range(routed)]
         view.facts["oracle"] = round(_oracle(energy_TR, best[1], routed, view.top_k), 4)
-        parts = [np.sort(part) for part in shared.numpy().reshape(max(1, view.shared), -1)]
+        parts = [np.sort(part) for part in shared.cpu().numpy().reshape(max(1, view.shared), -1)]
         return LayerSplit(experts, parts if view.shared else [])
 
     def _start(self, energy_TR: torch.Tensor, experts: int, seed: int) -> torch.Tensor:
@@ -66,11 +66,13 @@ class Energy(CalibratedSplit):
         generator = torch.Generator().manual_seed(seed)
         best: tuple[float, torch.Tensor] | None = None
         for _ in range(self.starts):
-            first = torch.randperm(points_TR.shape[1], generator=generator)[:experts]
+            first = torch.randperm(points_TR.shape[1], generator=generator)[:experts].to(
+                points_TR.device
+            )
             centres_TE = points_TR[:, first]
-            labels = torch.full((points_TR.shape[1],), -1)
+            labels = first.new_full((points_TR.shape[1],), -1)
             for _ in range(20):
-                found = torch.from_numpy(assign((points_TR.T @ centres_TE).double().numpy()))
+                found = _assign(points_TR.T @ centres_TE)
                 if bool((found == labels).all()):
                     break
                 labels = found
@@ -86,3 +88,7 @@ class Energy(CalibratedSplit):
 def _oracle(energy_TR: torch.Tensor, labels: torch.Tensor, experts: int, top_k: int) -> float:
     energy_TE = energy_TR @ torch.nn.functional.one_hot(labels, experts).float()
     return captured(energy_TE, choose(energy_TE, top_k))
+
+
+def _assign(gain_RE: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(assign(gain_RE.double().cpu().numpy())).to(gain_RE.device)

@@ -30,8 +30,8 @@ class Expertweaver(CalibratedSplit):
         order = torch.argsort(mean_SF.abs().mean(0), descending=True, stable=True)
         shared, rest = order[: view.shared * size], order[view.shared * size :].sort().values
         routed = view.experts - view.shared
-        points = np.ascontiguousarray(mean_SF[:, rest].T.numpy(), dtype=np.float32)
+        points = np.ascontiguousarray(mean_SF[:, rest].T.cpu().numpy(), dtype=np.float32)
         labels = balanced_kmeans(points, routed, metric="l2", seed=view.seed + view.layer).labels
-        experts = [rest.numpy()[labels == expert] for expert in range(routed)]
-        parts = [np.sort(part) for part in shared.numpy().reshape(max(1, view.shared), -1)]
+        experts = [rest.cpu().numpy()[labels == expert] for expert in range(routed)]
+        parts = [np.sort(part) for part in shared.cpu().numpy().reshape(max(1, view.shared), -1)]
         return LayerSplit(experts, parts if view.shared else [])

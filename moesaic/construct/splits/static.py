@@ -18,5 +18,5 @@ class Static(CalibratedSplit):
         """Divide one layer."""
         view = view.first(self.tokens)
         order = torch.argsort(view.energy_TF.mean(0), descending=True, stable=True)
-        parts = list(order.view(view.experts, -1).sort(dim=1).values.numpy())
+        parts = list(order.view(view.experts, -1).sort(dim=1).values.cpu().numpy())
         return LayerSplit(parts[view.shared :], parts[: view.shared])
