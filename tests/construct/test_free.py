@@ -77,6 +77,29 @@ def test_ridge_refuses_what_is_not_finite():
         solve(fitted, fitted)
 
 
+def test_ridge_says_when_a_gram_matrix_is_not_positive_definite():
+    fitted, truth, *_ = _moments(40, 0.1)
+    held, *_ = _moments(40, 0.1, seed=1, truth=truth)
+    fitted.xx_PP[0, 1] = fitted.xx_PP[1, 0] = 2 * float(fitted.xx_PP.diagonal().max())
+    with pytest.raises(UserError, match=r"40 calibration tokens and 12 inputs is not positive"):
+        solve(fitted, held, strengths=(1e-6, 1e-3))
+    # enough damping makes it definite: the small strengths are passed over
+    assert solve(fitted, held, strengths=(1e-6, 10.0)).strength in (10.0, float("inf"))
+
+
+def test_ridge_factors_serve_other_targets():
+    fitted, truth, *_ = _moments(400, 0.1)
+    held, *_ = _moments(100, 0.1, seed=1, truth=truth)
+    factors = {}
+    first = solve(fitted, held, factors=factors).weights_PQ
+    made = dict(factors)
+    again = solve(fitted, held, factors=factors).weights_PQ
+    assert torch.equal(first, again)
+    torch.testing.assert_close(first, solve(fitted, held).weights_PQ)
+    assert {tokens for tokens, _ in factors} == {400, 500}
+    assert all(factors[key] is made[key] for key in made)
+
+
 def test_no_choice_captures_more_than_the_oracle():
     draw = torch.Generator().manual_seed(0)
     energy_TE = torch.rand(50, 6, generator=draw)

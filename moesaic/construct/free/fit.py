@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from moesaic.construct.free.ridge import Moments, solve
+from moesaic.construct.free.ridge import Factors, Moments, solve
 
 __all__ = ["RouterFit", "captured", "choose"]
 
@@ -23,6 +23,7 @@ class RouterFit:
         self._parts = [~held_T, held_T]
         self._inputs = [self.x_TP[part] for part in self._parts]
         self._squares = [x.T @ x for x in self._inputs]
+        self._factors: Factors = {}
 
     def log_energy(self, energy_TE: torch.Tensor) -> torch.Tensor:
         """Weights [D + 1, E] that predict log energies; the last row is the intercept."""
@@ -38,7 +39,7 @@ class RouterFit:
             moments.xx_PP, moments.xy_PQ = xx_PP, x_TP.T @ y_TE
             moments.yy = float(y_TE.square().sum())
             made.append(moments)
-        return solve(made[0], made[1], strengths=self.strengths).weights_PQ
+        return solve(*made, strengths=self.strengths, factors=self._factors).weights_PQ
 
     def chosen(self, weights_PE: torch.Tensor, top_k: int) -> torch.Tensor:
         """1 for the experts that a router chooses, else 0: [T, E]."""

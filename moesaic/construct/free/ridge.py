@@ -12,7 +12,10 @@ import torch
 
 from moesaic.core.errors import UserError
 
-__all__ = ["STRENGTHS", "Moments", "Solution", "solve"]
+__all__ = ["STRENGTHS", "Factors", "Moments", "Solution", "solve"]
+
+Factors = dict[tuple[int, float], torch.Tensor]
+"""Cholesky factors by the number of tokens and the damping."""
 
 STRENGTHS = (1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 10.0)
 """Ridge strengths tried, in units of the mean diagonal of xᵀx."""
@@ -70,12 +73,16 @@ def solve(
     *,
     start_PQ: torch.Tensor | None = None,
     strengths: tuple[float, ...] = STRENGTHS,
+    factors: Factors | None = None,
 ) -> Solution:
     """Fit on `fitted`, choose the strength by the error on `held`, then fit on both.
 
     The weights shrink towards `start_PQ` (zero by default). When no strength beats the start on the
-    held-back tokens, the start is returned with strength infinity. UserError for moments that are
-    not finite, as those of activations that overflowed.
+    held-back tokens, the start is returned with strength infinity. `factors` keeps the Cholesky
+    factors for other targets of the same inputs.
+
+    Raises UserError for moments that are not finite, as those of activations that overflowed, and
+    for a Gram matrix that is not positive definite at any strength.
     """
     start_PQ = torch.zeros_like(fitted.xy_PQ) if start_PQ is None else start_PQ
     for name, value in (("inputs", fitted.xx_PP), ("targets", fitted.xy_PQ)):
@@ -84,26 +91,56 @@ def solve(
                 f"The calibration {name} hold NaN or infinite values, so that their Gram matrix is "
                 "not positive definite. Repair the checkpoint, or calibrate on other text."
             )
-    # Divided by the tokens, so that a strength means the same on a part and on the whole.
-    values_P, vectors_PP = torch.linalg.eigh(fitted.xx_PP.double() / max(1, fitted.tokens))
-    scale = float(values_P.clamp(min=0).mean())
-    rest_PQ = fitted.xy_PQ.double() / max(1, fitted.tokens)
-    rest_PQ = rest_PQ - (fitted.xx_PP.double() / max(1, fitted.tokens)) @ start_PQ.double()
-    turned_PQ = vectors_PP.T @ rest_PQ
+    scale = float(fitted.xx_PP.diagonal().double().mean()) / max(1, fitted.tokens)
     before = held.error(start_PQ)
-    best = (before, float("inf"), start_PQ)
-    for strength in strengths if scale > 0 else ():
-        damped_P1 = (values_P.clamp(min=0) + strength * scale)[:, None]
-        w_PQ = start_PQ + (vectors_PP @ (turned_PQ / damped_P1)).float()
-        error = held.error(w_PQ)
-        if error < best[0]:
-            best = (error, strength, w_PQ)
-    error, strength, w_PQ = best
-    missed = (before / max(held.yy, 1e-30), error / max(held.yy, 1e-30))
+    error, strength, w_PQ = before, float("inf"), start_PQ
+    ridge = _Ridge(fitted, start_PQ, factors)
+    solved = 0
+    for candidate in strengths if scale > 0 else ():
+        tried_PQ = ridge.weights(candidate * scale)
+        if tried_PQ is None:  # rounding in float32 outweighs so little damping
+            continue
+        solved += 1
+        missed = held.error(tried_PQ)
+        if missed < error:
+            error, strength, w_PQ = missed, candidate, tried_PQ
+    if strengths and scale > 0 and not solved:
+        raise UserError(
+            f"The Gram matrix of {fitted.tokens:,} calibration tokens and "
+            f"{fitted.inputs:,} inputs is not positive definite, even with a ridge of "
+            f"{max(strengths):g} times its mean diagonal. Give more or other calibration text, or "
+            "a larger strength."
+        )
+    share = (before / max(held.yy, 1e-30), error / max(held.yy, 1e-30))
     if strength < float("inf") and held is not fitted:
-        both = fitted + held
-        matrix_PP = both.xx_PP.double() / both.tokens
-        rest_PQ = both.xy_PQ.double() / both.tokens - matrix_PP @ start_PQ.double()
-        matrix_PP.diagonal().add_(strength * scale)
-        w_PQ = start_PQ + torch.linalg.solve(matrix_PP, rest_PQ).float()
-    return Solution(w_PQ, strength, *missed)
+        del ridge
+        both_PQ = _Ridge(fitted + held, start_PQ, factors).weights(strength * scale)
+        w_PQ = w_PQ if both_PQ is None else both_PQ
+    return Solution(w_PQ, strength, *share)
+
+
+class _Ridge:
+    """The normal equations of some tokens, divided by their number: a strength then means the
+    same on a part and on the whole.
+    """
+
+    def __init__(self, moments: Moments, start_PQ: torch.Tensor, factors: Factors | None) -> None:
+        tokens = max(1, moments.tokens)
+        # float64: the squares of a Gram matrix's condition are beyond float32
+        self.matrix_PP = moments.xx_PP.double() / tokens
+        self.rest_PQ = moments.xy_PQ.double() / tokens - self.matrix_PP @ start_PQ.double()
+        self.start_PQ, self.tokens, self.factors = start_PQ, tokens, factors
+
+    def weights(self, damping: float) -> torch.Tensor | None:
+        """The solution with `damping` on the diagonal; None where that is not positive definite."""
+        key = (self.tokens, damping)
+        factor_PP = None if self.factors is None else self.factors.get(key)
+        if factor_PP is None:
+            damped_PP = self.matrix_PP.clone()
+            damped_PP.diagonal().add_(damping)
+            factor_PP, failed = torch.linalg.cholesky_ex(damped_PP)
+            if bool(failed):
+                return None
+            if self.factors is not None:
+                self.factors[key] = factor_PP
+        return self.start_PQ + torch.cholesky_solve(self.rest_PQ, factor_PP).float()
