@@ -14,23 +14,48 @@ __all__ = ["assign"]
 def assign(gain_FE: NDArray[np.floating], *, rounds: int = 200) -> NDArray[np.int64]:
     """Return the expert of every neuron, int64 [F]: F / E neurons each, the largest total gain.
 
-    Starts from a greedy division and cancels negative cycles among the E experts: an edge a -> b
-    is the cheapest neuron to move from a to b; while some cycle gains, its neurons move. That ends
-    at the optimum of the transport problem with memory F x E and no F x F matrix.
+    Starts from a greedy division under prices that fill the experts evenly, and cancels negative
+    cycles among the E experts: an edge a -> b is the cheapest neuron to move from a to b; while
+    some cycle gains, its neurons move. That ends at the optimum of the transport problem with
+    memory F x E and no F x F matrix.
     """
     count, experts = gain_FE.shape
     size = count // experts
     exact_FE = np.asarray(gain_FE).astype(np.float64)
-    labels = _greedy(exact_FE, size)
+    labels = _greedy(exact_FE - _prices(exact_FE, size), size)
     least = 1e-9 * max(float(np.abs(exact_FE).max(initial=0.0)), 1e-300)
+    cost_EE = np.full((experts, experts), np.inf)
+    move_EE = np.zeros((experts, experts), np.int64)
+    stale = list(range(experts))
     for _ in range(rounds * experts):
-        cost_EE, move_EE = _moves(exact_FE, labels, experts)
+        for here in stale:
+            cost_EE[here], move_EE[here] = _moves(exact_FE, labels, here)
         cycle = _negative_cycle(cost_EE, least)
         if cycle is None:
             break
         for here, there in zip(cycle, [*cycle[1:], cycle[0]], strict=True):
             labels[move_EE[here, there]] = there
+        stale = cycle  # the other experts hold what they held
     return labels
+
+
+def _prices(gain_FE: NDArray[np.float64], size: int, *, sweeps: int = 3) -> NDArray[np.float64]:
+    """What an expert costs, [E], so that about `size` neurons want each: the dual of the problem.
+
+    One expert's price at a time: half way between the last neuron that should come and the next.
+    """
+    count, experts = gain_FE.shape
+    price_E = np.zeros(experts)
+    for _ in range(sweeps if experts > 1 else 0):
+        for expert in range(experts):
+            net_FE = gain_FE - price_E
+            net_FE[:, expert] = -np.inf
+            margin_F = gain_FE[:, expert] - net_FE.max(1)
+            next_one, last_one = np.partition(margin_F, [count - size - 1, count - size])[
+                count - size - 1 : count - size + 1
+            ]
+            price_E[expert] = (next_one + last_one) / 2
+    return price_E
 
 
 def _greedy(gain_FE: NDArray[np.float64], size: int) -> NDArray[np.int64]:
@@ -54,19 +79,15 @@ def _greedy(gain_FE: NDArray[np.float64], size: int) -> NDArray[np.int64]:
 
 
 def _moves(
-    gain_FE: NDArray[np.float64], labels: NDArray[np.int64], experts: int
+    gain_FE: NDArray[np.float64], labels: NDArray[np.int64], here: int
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Loss of the cheapest move from a to b, and the neuron that makes it."""
-    cost_EE = np.full((experts, experts), np.inf)
-    move_EE = np.zeros((experts, experts), np.int64)
-    for here in range(experts):
-        members = np.flatnonzero(labels == here)
-        loss_ME = gain_FE[members, here][:, None] - gain_FE[members]
-        first = loss_ME.argmin(0)
-        cost_EE[here] = loss_ME[first, np.arange(experts)]
-        move_EE[here] = members[first]
-        cost_EE[here, here] = np.inf
-    return cost_EE, move_EE
+    """Loss of the cheapest move from one expert to every other, and the neuron that makes it."""
+    members = np.flatnonzero(labels == here)
+    loss_ME = gain_FE[members, here][:, None] - gain_FE[members]
+    first_E = loss_ME.argmin(0)
+    cost_E = loss_ME[first_E, np.arange(gain_FE.shape[1])]
+    cost_E[here] = np.inf
+    return cost_E, members[first_E]
 
 
 def _negative_cycle(cost_EE: NDArray[np.float64], least: float) -> list[int] | None:
