@@ -72,14 +72,17 @@ class LayerStream:
 
     def embed(self, ids_BC: torch.Tensor) -> torch.Tensor:
         """Hidden states before the first layer: [B, C, D]."""
-        table = self.dense.read(self.dense.outer()[0][0])
+        name = self.dense.outer()[0][0]
+        table = self.dense.read(name)
         highest = int(ids_BC.max())
         if highest >= len(table):
             raise UserError(
                 f"The tokenizer gives id {highest}, but the model has {len(table)} embeddings. "
                 "Tokenizer and weights do not belong together."
             )
-        return table[ids_BC].float().to(self.device)
+        hidden_BCD = table.to(self.device)[ids_BC.to(self.device)].float()
+        self.dense.checkpoint.release([name])
+        return hidden_BCD
 
     def load(self, layer: int) -> torch.nn.Module:
         """Return one decoder layer in float32."""
@@ -95,6 +98,7 @@ class LayerStream:
             for name in names
         }
         module.load_state_dict(weights, assign=True, strict=True)
+        self.dense.checkpoint.release(names)
         return module.eval()
 
     def block(self, module: Any, rows_BCD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -115,8 +119,10 @@ class LayerStream:
     @torch.inference_mode()
     def attend(self, module: Any, hidden_BCD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Norm, attention, norm: the residual stream and the feed-forward input, both [T, D]."""
-        parts = [self.block(module, rows) for rows in hidden_BCD.split(_ROWS_AT_ONCE)]
-        residual_BCD, normed_BCD = (torch.cat(list(half)) for half in zip(*parts, strict=True))
+        residual_BCD, normed_BCD = torch.empty_like(hidden_BCD), torch.empty_like(hidden_BCD)
+        for start in range(0, len(hidden_BCD), _ROWS_AT_ONCE):
+            rows = slice(start, start + _ROWS_AT_ONCE)
+            residual_BCD[rows], normed_BCD[rows] = self.block(module, hidden_BCD[rows])
         return residual_BCD.flatten(0, 1), normed_BCD.flatten(0, 1)
 
     @torch.inference_mode()
@@ -132,9 +138,14 @@ class LayerStream:
             out_TD = torch.cat([module.mlp(part) for part in normed_TD.split(step)])
             hidden_BCD = self.finish(module, residual_TD, out_TD).view_as(hidden_BCD)
 
+    def output_norms(self, module: Any) -> bool:
+        """Whether norms lie between what attention and feed-forward part give and the stream."""
+        return hasattr(module, "post_feedforward_layernorm")
+
     def finish(self, module: Any, residual_TD: torch.Tensor, out_TD: torch.Tensor) -> torch.Tensor:
         """The residual stream after the feed-forward part gave `out_TD`."""
-        del module
+        if self.output_norms(module):
+            out_TD = module.post_feedforward_layernorm(out_TD)
         return residual_TD + out_TD
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from moesaic.construct.agreement import check_router, check_split, check_top_k
 from moesaic.construct.blueprint import Blueprint, draw
 from moesaic.construct.blueprint_v2 import check_v2_source, draw_v2
 from moesaic.construct.dense import DenseModel, open_dense
@@ -135,8 +136,8 @@ def convert(
     if division is None:
         if experts is None:
             raise UserError("experts is missing. Say into how many experts to split, such as 8.")
-        _check_top_k(top_k, experts, shared)
-        _check_routed(ready_router, dense, experts - shared)
+        check_top_k(top_k, experts, shared)
+        check_router(ready_router, dense, experts - shared)
         # A mapping or method object is checked before hours of reading; a name by its registry.
         method = resolve_method(split)  # type: ignore[arg-type]
         if ready_router is None:
@@ -145,11 +146,11 @@ def convert(
         if router is None and "gates" in arrays:
             ready_router = RouterInit.from_gates(arrays["gates"], {"method": method.key})
     else:
-        _check_split(division, dense, experts, shared)
-        _check_top_k(top_k, division.num_experts + division.num_shared, division.num_shared)
+        check_split(division, dense, experts, shared)
+        check_top_k(top_k, division.num_experts + division.num_shared, division.num_shared)
         if router is None:
             ready_router = _beside(split)
-        _check_routed(ready_router, dense, division.num_experts)
+        check_router(ready_router, dense, division.num_experts)
     selects = top_k - division.num_shared
     if ready_router is None:
         ready_router = init_router(
@@ -330,63 +331,6 @@ def _check_preset(
             raise UserError(
                 f"{name} was given as the preset llama-moe-v2 cannot have it. Use {allowed}."
             )
-
-
-def _check_top_k(top_k: int, experts: int, shared: int) -> None:
-    if experts < 1:
-        raise UserError(f"experts={experts} was given. Give at least 1 expert, such as 8.")
-    if top_k > experts:
-        raise UserError(
-            f"top_k={top_k} but the model has {experts} experts. "
-            "Lower top_k or split into more experts."
-        )
-    if top_k <= shared:
-        what = f"{shared} are shared and always on" if shared else "none would be active"
-        raise UserError(
-            f"top_k={top_k} counts all active experts, and {what}. "
-            f"Give top_k at least {shared + 1}."
-        )
-
-
-def _check_split(
-    division: NeuronSplit, dense: DenseModel, experts: int | None, shared: int
-) -> None:
-    path = dense.checkpoint.path
-    if (division.layers, division.width) != (dense.layers, dense.width):
-        raise UserError(
-            f"The split is for {division.layers} layers of {division.width} neurons, {path} has "
-            f"{dense.layers} layers of {dense.width}. Make a split of this model."
-        )
-    for name, layers in (("routed", division.experts), ("shared", division.shared)):
-        sums = {sum(len(ids) for ids in layer) for layer in layers}
-        if len(sums) > 1:
-            raise UserError(
-                f"The {name} experts of the split hold {min(sums)} to {max(sums)} neurons a layer, "
-                "but LLaMA-MoE has one intermediate_size. Make a split with equal sums."
-            )
-    total = division.num_experts + division.num_shared
-    if experts not in (None, total):
-        raise UserError(
-            f"experts={experts} but the split has {total} experts, shared ones included. "
-            "Leave experts out or make another split."
-        )
-    if shared not in (0, division.num_shared):
-        raise UserError(
-            f"shared={shared} but the split has {division.num_shared} shared experts. "
-            "Leave shared out or make another split."
-        )
-
-
-def _check_routed(router: RouterInit | None, dense: DenseModel, routed: int) -> None:
-    if router is None:
-        return
-    given = (len(router.layers), router.num_experts, router.hidden)
-    if given != (dense.layers, routed, dense.hidden):
-        raise UserError(
-            f"The router init is for {given[0]} layers, {given[1]} experts and hidden size "
-            f"{given[2]}; needed are {dense.layers}, {routed} and {dense.hidden}. "
-            "Make a router init for this model and split."
-        )
 
 
 def _scale(

@@ -93,6 +93,7 @@ class FamilyStream(LayerStream):
         parts = zip(("gate_proj", "up_proj", "down_proj"), self.dense.ffn(layer), strict=True)
         ffn = {part: self._read(name) for part, name in parts}
         module.mlp = GatedMLP(ffn, self.dense.activation)
+        self.dense.checkpoint.release([*names, *self.dense.ffn(layer)])
         return module.eval()
 
     def _read(self, name: str) -> torch.Tensor:
@@ -109,11 +110,6 @@ class FamilyStream(LayerStream):
         residual_BCD: torch.Tensor = out[0] if isinstance(out, tuple) else out
         assert probe.x is not None
         return residual_BCD, probe.x
-
-    def finish(self, module: Any, residual_TD: torch.Tensor, out_TD: torch.Tensor) -> torch.Tensor:
-        """The residual stream after the feed-forward part gave `out_TD`."""
-        norm = getattr(module, "post_feedforward_layernorm", None)
-        return residual_TD + (out_TD if norm is None else norm(out_TD))
 
     def _given(self, layer: int, rows_BCD: torch.Tensor) -> dict[str, Any]:
         """What the family's model hands to a layer for rows of this shape."""

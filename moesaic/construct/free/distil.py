@@ -8,7 +8,9 @@ Notation: T tokens, D hidden size, E routed experts, I neurons of an expert, K c
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -33,6 +35,9 @@ class Distillation(Config):
     """The router's rate."""
 
 
+_LEARNED = ("gate_EID", "up_EID", "down_EID", "router_ED", "bias_E")
+
+
 @dataclass
 class ExpertWeights:
     """The weights of one layer's routed experts and of their linear router."""
@@ -43,14 +48,24 @@ class ExpertWeights:
     """Row i of expert e is its neuron's column of W_down."""
     router_ED: torch.Tensor
     bias_E: torch.Tensor
+    activation: Callable[[torch.Tensor], torch.Tensor] = functional.silu
+    """What follows the gate rows."""
+    gate_bias_EI: torch.Tensor | None = None
+    """The dense model's biases, where it has them, stay as they are."""
+    up_bias_EI: torch.Tensor | None = None
 
     def tensors(self) -> list[torch.Tensor]:
-        """All of them, experts first."""
+        """What is learned, experts first."""
         return [self.gate_EID, self.up_EID, self.down_EID, self.router_ED, self.bias_E]
 
     def to(self, device: torch.device | str) -> ExpertWeights:
         """The same weights on a device."""
-        return ExpertWeights(*(weight.to(device) for weight in self.tensors()))
+        return self.with_tensors([weight.to(device) for weight in self.tensors()])
+
+    def with_tensors(self, tensors: list[torch.Tensor]) -> ExpertWeights:
+        """The same layer with other learned weights, in the order of `tensors`."""
+        changed: dict[str, Any] = dict(zip(_LEARNED, tensors, strict=True))
+        return replace(self, **changed)
 
     def choose(self, x_TD: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Chosen experts [T, K] and their softmax shares [T, K]."""
@@ -68,8 +83,11 @@ class ExpertWeights:
         counts = torch.bincount(flat_N, minlength=len(self.gate_EID)).tolist()
         parts = []
         for expert, rows_ND in enumerate(x_TD[token_N].split(counts)):
-            h_NI = functional.silu(rows_ND @ self.gate_EID[expert].T)
-            parts.append((h_NI * (rows_ND @ self.up_EID[expert].T)) @ self.down_EID[expert])
+            gate_I = None if self.gate_bias_EI is None else self.gate_bias_EI[expert]
+            up_I = None if self.up_bias_EI is None else self.up_bias_EI[expert]
+            h_NI = self.activation(functional.linear(rows_ND, self.gate_EID[expert], gate_I))
+            h_NI = h_NI * functional.linear(rows_ND, self.up_EID[expert], up_I)
+            parts.append(h_NI @ self.down_EID[expert])
         out_ND = torch.cat(parts) * weights_TK.flatten()[order_N, None]
         return torch.zeros_like(x_TD).index_add(0, token_N, out_ND)
 
@@ -92,7 +110,7 @@ def distil(
     train_N = torch.nonzero(~held_T).flatten()
     held_N = torch.nonzero(held_T).flatten()
     before = _missed(start, x_TD, target_TD, held_N, top_k)
-    made = ExpertWeights(*(w.detach().clone().requires_grad_() for w in start.tensors()))
+    made = start.with_tensors([w.detach().clone().requires_grad_() for w in start.tensors()])
     *experts, router, bias = made.tensors()
     optimizer = torch.optim.Adam(
         [
@@ -129,7 +147,7 @@ def distil(
             f"The layer-wise distillation diverged at learning_rate={settings.learning_rate}. "
             "Lower it."
         )
-    found = ExpertWeights(*(w.detach() for w in made.tensors()))
+    found = made.with_tensors([w.detach() for w in made.tensors()])
     after = _missed(found, x_TD, target_TD, held_N, top_k)
     if after >= before:
         return start, {"missed_before": before, "missed_after": before}

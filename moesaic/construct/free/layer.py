@@ -96,7 +96,9 @@ class ConvertedLayer:
         load_E = chosen_TE.sum(0)
         share_E = load_E / load_E.sum()
         logs_E = torch.where(share_E > 0, share_E.log(), 0.0)
-        energy_TE = sums_by_expert(view.energy_TF[held_T], self.parts.experts)
+        # of these tokens alone: the energies of all take as much memory as the neurons
+        energy_TF = view.neurons_TF[held_T].square_().mul_(view.down_DF.square().sum(0))
+        energy_TE = sums_by_expert(energy_TF, self.parts.experts)
         oracle_TE = choose(energy_TE, min(view.top_k, energy_TE.shape[1]))
         experts = len(load_E)
         self.facts |= {

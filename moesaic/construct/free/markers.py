@@ -6,7 +6,7 @@ Notation: T tokens, F neurons, a_TF markers of 0 and 1.
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import normalize, silu
+from torch.nn.functional import normalize
 
 from moesaic.construct.free.view import LayerView
 
@@ -14,9 +14,9 @@ __all__ = ["distances", "markers"]
 
 
 def markers(view: LayerView, top: int) -> torch.Tensor:
-    """1 for the `top` largest |silu(x̂ ĝ) (x̂ û)| of each token: [T, F]; hats are unit vectors."""
+    """1 for the `top` largest |act(x̂ ĝ) (x̂ û)| of each token: [T, F]; hats are unit vectors."""
     x_TD = normalize(view.x_TD, dim=1)
-    gate_TF = silu(x_TD @ normalize(view.gate_FD, dim=1).T)
+    gate_TF = view.activation(x_TD @ normalize(view.gate_FD, dim=1).T)
     h_TF = (gate_TF * (x_TD @ normalize(view.up_FD, dim=1).T)).abs()
     ids_TA = h_TF.topk(min(top, h_TF.shape[1]), dim=1).indices
     return torch.zeros_like(h_TF).scatter_(1, ids_TA, 1.0)

@@ -8,7 +8,7 @@ Notation: T tokens, D hidden size, F dense neurons, E experts, c_TF energies of 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
+from torch.nn.functional import silu
 
 from moesaic.construct.activations import LayerStream, text_sample
 from moesaic.construct.method import LayerSplit, SplitInputs, SplitMethod
@@ -46,7 +47,29 @@ class LayerView:
     """Routed experts of a token."""
     context: int
     seed: int
+    activation: Callable[[torch.Tensor], torch.Tensor] = silu
+    """What follows gate_proj."""
+    gate_bias_F: torch.Tensor | None = None
+    up_bias_F: torch.Tensor | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, layer: int, mlp: Any, x_TD: torch.Tensor, neurons_TF: torch.Tensor, **sizes: Any
+    ) -> LayerView:
+        """The view of a feed-forward module, given its inputs and neurons; `sizes` are the rest."""
+        return cls(
+            layer,
+            x_TD,
+            neurons_TF,
+            mlp.gate_proj.weight,
+            mlp.up_proj.weight,
+            mlp.down_proj.weight,
+            activation=mlp.act_fn,
+            gate_bias_F=mlp.gate_proj.bias,
+            up_bias_F=mlp.up_proj.bias,
+            **sizes,
+        )
 
     @cached_property
     def held_T(self) -> torch.Tensor:
@@ -90,14 +113,11 @@ class CalibratedSplit(SplitMethod):
         stream = LayerStream(inputs.dense, context=self.context)
         top_k = min(self.top_k, inputs.experts - inputs.shared)
         for seen in stream.layers(ids_BC):
-            mlp: Any = seen.module.mlp
-            view = LayerView(
+            view = LayerView.of(
                 seen.layer,
+                seen.module.mlp,
                 seen.normed_TD,
                 seen.neurons(),
-                mlp.gate_proj.weight,
-                mlp.up_proj.weight,
-                mlp.down_proj.weight,
                 experts=inputs.experts,
                 shared=inputs.shared,
                 top_k=top_k,
@@ -130,14 +150,11 @@ class CalibratedRouter(RouterMethod):
         stream = LayerStream(inputs.dense, context=self.context)
         shared = inputs.split.num_shared
         for seen in stream.layers(ids_BC):
-            mlp: Any = seen.module.mlp
-            view = LayerView(
+            view = LayerView.of(
                 seen.layer,
+                seen.module.mlp,
                 seen.normed_TD,
                 seen.neurons(),
-                mlp.gate_proj.weight,
-                mlp.up_proj.weight,
-                mlp.down_proj.weight,
                 experts=inputs.split.num_experts + shared,
                 shared=shared,
                 top_k=inputs.top_k,

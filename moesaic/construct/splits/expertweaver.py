@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from torch.nn.functional import linear
 
 from moesaic.construct.balanced_kmeans import balanced_kmeans
 from moesaic.construct.free.view import CalibratedSplit, LayerView
@@ -21,7 +22,7 @@ class Expertweaver(CalibratedSplit):
     def divide_layer(self, view: LayerView) -> LayerSplit:
         """Divide one layer."""
         view = view.first(self.tokens)
-        gate_TF = torch.nn.functional.silu(view.x_TD @ view.gate_FD.T)
+        gate_TF = view.activation(linear(view.x_TD, view.gate_FD, view.gate_bias_F))
         rows = max(1, len(gate_TF) // view.context)
         if rows < 8:  # texts too few to tell neurons apart
             rows = min(8, len(gate_TF))

@@ -1,0 +1,44 @@
+"""The text that a construction looks at: full rows, drawn by a seed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moesaic.core.errors import UserError
+
+__all__ = ["calibration_rows"]
+
+LEAST = 16
+"""Tokens for each expert without which nothing can be fitted."""
+
+
+def calibration_rows(
+    model: Path, data: Any, *, tokens: int, context: int, experts: int, seed: int
+) -> torch.Tensor:
+    """Token ids [B, C]: rows drawn by the seed among four times as many, domains in equal parts.
+
+    Raises UserError when there is no data, or too little for the experts.
+    """
+    from moesaic.data import calibration_batches
+    from moesaic.models.tokenizer import load_tokenizer
+
+    if data is None:
+        raise UserError(
+            "No calibration text was given. Put data: in the recipe or give --data: a .jsonl or "
+            ".txt file, a folder, or the name of a dataset."
+        )
+    batches = calibration_batches(data, load_tokenizer(model), tokens=4 * tokens, context=context)
+    rows_BC = torch.cat(list(batches))
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(rows_BC), generator=generator)
+    ids_BC = rows_BC[chosen[: max(1, tokens // context)]]
+    least = LEAST * experts
+    if ids_BC.numel() < least:
+        raise UserError(
+            f"{ids_BC.numel()} calibration tokens for {experts} experts. Give text of at "
+            f"least {least} tokens ({experts} experts x {LEAST}), better some thousands."
+        )
+    return ids_BC
