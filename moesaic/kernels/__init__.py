@@ -1,10 +1,18 @@
 """Compute of routed experts: a reference that is the meaning, and fast code tested against it.
 
 This room knows tensors and the attributes of transformers' experts modules, never configs or model
-classes. `register()` makes `experts_implementation="moesaic"` known to transformers.
+classes. `register()` makes `experts_implementation="moesaic"` known to transformers;
+`fuse_routers(model)` lets a model's routers choose in one kernel.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from moesaic.kernels.fuse import Fused
 
 NAME = "moesaic"
 
@@ -16,6 +24,20 @@ def register() -> None:
     from moesaic.kernels.select import experts_forward
 
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+
+
+def fuse_routers(model: torch.nn.Module, *, device: torch.device | None = None) -> Fused:
+    """Let the routers of `model` choose in one kernel: see `kernels.fuse.fuse_routers`."""
+    from moesaic.kernels.fuse import fuse_routers as fuse
+
+    return fuse(model, device=device)
+
+
+def unfuse_routers(model: torch.nn.Module) -> list[str]:
+    """Give the routers of `model` their own code again; return their paths."""
+    from moesaic.kernels.fuse import unfuse_routers as unfuse
+
+    return unfuse(model)
 
 
 def implementations() -> dict[str, str]:

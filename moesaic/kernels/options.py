@@ -42,6 +42,8 @@ class KernelsConfig(Config):
     """One program per multiprocessor (true) or one per tile (false); None: the faster one."""
     moe_kernel_models: list[str] | None = None
     """Model types these options are for (`mixtral`, `qwen2_moe`); another is an error."""
+    fuse_routers: bool = False
+    """Let routers choose in one kernel on a GPU (scores, top-k and weights, and their gradient)."""
 
     @model_validator(mode="after")
     def _options_have_effect(self) -> KernelsConfig:

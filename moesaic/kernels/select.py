@@ -54,7 +54,7 @@ def experts_forward(
     activation = activation_of(self) or "silu"
     name = type(self).__name__
 
-    refused = _why_no_triton(x_TD.device)
+    refused = why_no_triton(x_TD.device)
     if refused is None:
         # The kernels take one dtype. Autograd takes the gradients back to the types given.
         compute = grouped.compute_dtype(x_TD, gate_up_EJD)
@@ -68,9 +68,9 @@ def experts_forward(
             return out_TD.to(x_TD.dtype)
     backend, reason = grouped.choose_backend(x_TD, gate_up_EJD, down_EDI)
     if reason is None:
-        _say(f"{name}: torch's grouped matmul: {refused}.")
+        say(f"{name}: torch's grouped matmul: {refused}.")
     else:
-        _say(f"{name}: a loop over experts instead of grouped matmul: {reason}.")
+        say(f"{name}: a loop over experts instead of grouped matmul: {reason}.")
     return grouped.experts(
         x_TD,
         gate_up_EJD,
@@ -106,7 +106,7 @@ def why_not_fused(
         weights = [weight.transpose(1, 2) for weight in weights]
     gate_up_EJD, down_EDI = weights
     device = device or gate_up_EJD.device
-    reason = _why_no_triton(device)
+    reason = why_no_triton(device)
     if reason is not None:
         return reason
     dtype = dtype or gate_up_EJD.dtype
@@ -142,7 +142,7 @@ def why_not(
         return None
     if path == "grouped":
         return grouped.choose_backend(x_TD, gate_up_EJD, down_EDI)[1]
-    reason = _why_no_triton(x_TD.device)
+    reason = why_no_triton(x_TD.device)
     if reason is None:
         reason = _triton().why_not(x_TD, gate_up_EJD, down_EDI, ids_TK)
     return reason
@@ -177,7 +177,8 @@ def _triton() -> Any:
     return fused
 
 
-def _why_no_triton(device: torch.device) -> str | None:
+def why_no_triton(device: torch.device) -> str | None:
+    """Say in a few words why Triton kernels do not run on `device`, or return None."""
     if device.type != "cuda":
         return f"the fused kernels need a GPU, not a {device.type.upper()}"
     try:
@@ -214,18 +215,18 @@ def _delegate(
     name = type(self).__name__
     refused = unusual.why_not_grouped(self, x_TD)
     if refused is not None:
-        _say(f"{name}: a loop over experts instead of our kernels: {reason}; {refused}.")
+        say(f"{name}: a loop over experts instead of our kernels: {reason}; {refused}.")
         return unusual.experts(self, x_TD, ids_TK, weights_TK)
     if torch.compiler.is_compiling():
-        _say(f"{name}: grouped matmuls without fusion instead of our kernels: {reason}.")
+        say(f"{name}: grouped matmuls without fusion instead of our kernels: {reason}.")
         return unusual.experts(self, x_TD, ids_TK, weights_TK, backend="grouped")
-    _say(f"{name}: transformers' grouped_mm instead of our kernels: {reason}.")
+    say(f"{name}: transformers' grouped_mm instead of our kernels: {reason}.")
     out_TD: torch.Tensor = ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, x_TD, ids_TK, weights_TK)
     return out_TD
 
 
 @torch.compiler.assume_constant_result
-def _say(text: str) -> None:
+def say(text: str) -> None:
     """Say `text` unless it was said before in this process; under torch.compile, while tracing."""
     if text not in _said:
         _said[text] = None
@@ -234,4 +235,4 @@ def _say(text: str) -> None:
 
 @torch.compiler.assume_constant_result
 def _say_fused(name: str) -> None:
-    _say(f"{name}: fused Triton kernels, {options.current()}.")
+    say(f"{name}: fused Triton kernels, {options.current()}.")

@@ -40,6 +40,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from moesaic.core.errors import UserError
+from moesaic.kernels.router import Scheme
 from moesaic.models.balance import layer_balance, pooled_balance, sum_losses
 from moesaic.models.padding import share_of_step, valid_tokens
 from moesaic.models.pretrained import PreTrainedMoE
@@ -101,6 +102,10 @@ class SoftmaxRouter(Router):
         if self.renormalise:
             weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + self.epsilon)
         return weights_TK, ids_TK
+
+    def scheme(self) -> Scheme:
+        """What `choose` does, for `kernels.fuse_routers`."""
+        return Scheme(self.top_k, renormalise=self.renormalise, epsilon=self.epsilon)
 
 
 @use_experts_implementation

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from moesaic.core.errors import UserError, unknown
+from moesaic.kernels.router import Scheme
 from moesaic.models.randomness import Randomness
 
 GateNetwork = Literal["mlp", "linear", "glu"]
@@ -192,14 +193,15 @@ class TopKBalancedNoisyGate(Gate):
         K, E = self.num_selects, self.num_experts
         logits_TE = self.logits(x_TD)
         noise_TE = sigma_TE = None
-        ranked_TE = logits_TE
         if self.training and self.add_noise:
             sigma_TE = F.softplus(self.weight_noise(x_TD).float()) + self.noise_epsilon
             noise_TE = sigma_TE * self.randomness.normal(logits_TE)
             ranked_TE = logits_TE + noise_TE
-        top_TK1, ids_TK1 = ranked_TE.topk(min(K + 1, E), dim=-1)
-        kept_TK, ids_TK = top_TK1[:, :K], ids_TK1[:, :K]
-        scores_TK = kept_TK.softmax(dim=-1) if self.use_softmax else kept_TK
+            top_TK1, ids_TK1 = ranked_TE.topk(min(K + 1, E), dim=-1)
+            kept_TK, ids_TK = top_TK1[:, :K], ids_TK1[:, :K]
+            scores_TK = kept_TK.softmax(dim=-1) if self.use_softmax else kept_TK
+        else:
+            scores_TK, ids_TK = self.choose(logits_TE)
         weights_TK = self._weights(logits_TE, ids_TK, scores_TK).to(x_TD.dtype)
         if not statistics:
             return GateOutput(logits_TE, weights_TK, ids_TK, None, None, None)
@@ -224,6 +226,17 @@ class TopKBalancedNoisyGate(Gate):
         return GateOutput(
             logits_TE, weights_TK, ids_TK, balance_loss, load_E.detach(), importance_E.detach()
         )
+
+    def choose(self, logits_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores and ids [T, K] without noise, the highest logit first."""
+        kept_TK, ids_TK = logits_TE.topk(self.num_selects, dim=-1)
+        return kept_TK.softmax(dim=-1) if self.use_softmax else kept_TK, ids_TK
+
+    def scheme(self) -> Scheme | str:
+        """What `choose` does, for `kernels.fuse_routers`, or why it is not fused."""
+        if not self.use_softmax:
+            return "its scores are the logits"
+        return Scheme(self.num_selects, "softmax of chosen")
 
 
 class SwitchBalancedGate(Gate):

@@ -66,7 +66,8 @@ def load(model: str | Path, **kwargs: Any) -> PreTrainedModel:
         model: a directory, a hub id (organisation/name) or an alias of the catalog.
         kwargs: every keyword of transformers' `from_pretrained` (`dtype`, `device_map`,
             `attn_implementation`, ...). `experts_implementation` defaults to "moesaic" where the
-            class has replaceable experts. Without a `device_map`, or with "auto", the
+            class has replaceable experts. `fuse_routers=True` lets routers choose in one kernel on
+            a GPU (`kernels.fuse_routers`). Without a `device_map`, or with "auto", the
             `device_map.json` in the model's directory is used, if there is one. `load_in_4bit` and
             `load_in_8bit` stand for the `quantization_config` of bitsandbytes.
 
@@ -90,6 +91,7 @@ def load(model: str | Path, **kwargs: Any) -> PreTrainedModel:
     if source.directory is not None and kwargs.get("device_map", "auto") == "auto":
         kwargs |= _beside(source, cls)
     _quantization(kwargs)
+    fused = kwargs.pop("fuse_routers", False)
     if cls._can_set_experts_implementation():
         kwargs.setdefault("experts_implementation", kernels.NAME)
     tolerant = kwargs.pop("ignore_mismatched_sizes", False)
@@ -98,6 +100,8 @@ def load(model: str | Path, **kwargs: Any) -> PreTrainedModel:
     _check_weights(info, cls, source, tolerant=tolerant)
     if getattr(loaded, "is_quantized", False):
         _say_what_stayed(loaded, source)
+    if fused:
+        kernels.fuse_routers(loaded)
     return loaded
 
 

@@ -13,6 +13,7 @@ from moesaic.core.console import note
 from moesaic.core.errors import UserError
 from moesaic.data import MixtureStream, Source, open_domains, open_mixture
 from moesaic.data.dynamic import reference_losses
+from moesaic.kernels.fuse import fuse_routers
 from moesaic.kernels.options import configure, reset
 from moesaic.measure import held_out_loss
 from moesaic.models.anatomy import anatomy, build
@@ -107,6 +108,12 @@ def configure_kernels(
     )
     if config.kernels.moe_kernels:
         note(f"kernels: {launch}")
+    if config.kernels.fuse_routers:
+        fused = fuse_routers(model, device=where)
+        if not fused.routers:
+            reason = next(iter(fused.left.values()), "the model has no routers of their own")
+            raise UserError(f"kernels.fuse_routers has no effect here: {reason}. Leave it out.")
+        note(f"kernels: {len(fused.routers)} routers choose in one kernel")
 
 
 def recompute_activations(model: Any) -> None:

@@ -26,6 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import can_return_tuple
 
 from moesaic.core.errors import UserError, unknown
+from moesaic.kernels.router import Scheme
 from moesaic.models.balance import layer_balance, pooled_balance
 from moesaic.models.decoder import Decision, DenseMLP, Experts, Router
 from moesaic.models.family import Family
@@ -155,6 +156,14 @@ class MoesaicRouter(Router):
             assert self.scale is not None
             weights_TK = 1 + self.scale.float()[ids_TK] * weights_TK
         return weights_TK, ids_TK
+
+    def scheme(self) -> Scheme | str:
+        """What `choose` does, for `kernels.fuse_routers`, or why it is not fused."""
+        if self.weighting in ("one", "learned"):
+            return f"its weighting is '{self.weighting}'"
+        if self.weighting == "sigmoid":
+            return Scheme(self.top_k, "sigmoid")
+        return Scheme(self.top_k, renormalise=self.weighting == "renormalised")
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, weighting={self.weighting}"
