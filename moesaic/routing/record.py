@@ -10,11 +10,8 @@ Notation: rows = tokens that count, L recorded layers, K places for chosen exper
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import inspect
 import itertools
-import queue
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -34,8 +31,9 @@ from moesaic.core.lineage import write_lineage
 from moesaic.data.sources import Data, open_domains
 from moesaic.models.anatomy import anatomy
 from moesaic.models.tokenizer import load_tokenizer
-from moesaic.routing.blocks import Sample, delimiters, samples
+from moesaic.routing.blocks import Sample, delimiters
 from moesaic.routing.feed import Feed, Side, feed_for, padded
+from moesaic.routing.reader import Text, ahead
 from moesaic.routing.recording import Recording, Routes, recording
 from moesaic.routing.sites import Choice
 from moesaic.routing.trace import ENCODER, FILE_NAME, Shape, Trace, TraceWriter, read_facts
@@ -47,7 +45,7 @@ TOKENS_AT_ONCE = 8192
 _WHOLE_BATCH = ("openmoe", "nllb-moe")
 """Families whose capacity is shared by everything in a batch: their samples run one by one."""
 _IN_FLIGHT = 2
-_READ_AHEAD = 64  # samples
+_LOGITS_AT_ONCE = 1 << 26
 
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -133,16 +131,19 @@ def record(
     with contextlib.suppress(UserError):  # what cannot be described can still be recorded
         facts["anatomy"] = anatomy(loaded).to_dict()
     around = delimiters(tokenizer, language_code=loaded.config.model_type == "nllb-moe")
-    stream = samples(domains, tokenizer, around, tokens=tokens, length=sample_length, seed=seed)
-    stream = itertools.chain([next(stream)], stream)  # faults of the data come before any output
+    text = Text(domains, tokenizer, around, tokens=tokens, length=sample_length, seed=seed)
+    next(text.samples())  # faults of the data come before any output
     training = loaded.training
     loaded.eval()  # routers add noise in training mode
     try:
-        run = _Run(loaded, feed, directory, facts, predictions=predictions, logits=logits)
-        if run.complete:
-            note(f"{directory} holds this trace already.")
-            return Trace(directory)
-        run.go(stream, tokens=tokens, batch=batch)
+        # on a CPU the model itself leaves no processor to another process
+        apart = _input_device(loaded).type != "cpu"
+        with ahead(text, skip=_samples_in(directory), apart=apart) as stream:
+            run = _Run(loaded, feed, directory, facts, predictions=predictions, logits=logits)
+            if run.complete:
+                note(f"{directory} holds this trace already.")
+                return Trace(directory)
+            run.go(stream, tokens=tokens, batch=batch)
     finally:
         loaded.train(training)
     parent = name or None
@@ -254,8 +255,7 @@ class _Run:
         return self.writers["decoder"].complete
 
     def go(self, stream: Iterator[Sample], *, tokens: int, batch: int) -> None:
-        """Run every sample that the trace does not hold yet."""
-        stream = itertools.islice(stream, self.done, None)
+        """Run the samples of `stream`, which the trace does not hold yet."""
         waiting: deque[_Batch] = deque()
         committed = time.monotonic()
         with contextlib.ExitStack() as stack:
@@ -263,7 +263,6 @@ class _Run:
             bar = stack.enter_context(progress("recording", tokens - self.read))
             stack.enter_context(torch.no_grad())
             rec = stack.enter_context(recording(self.model, logits=self.logits))
-            stream = stack.enter_context(_ahead(stream))
             while taken := list(itertools.islice(stream, batch)):
                 waiting.append(self._forward(taken, rec))
                 while len(waiting) >= _IN_FLIGHT:
@@ -365,7 +364,8 @@ class _Run:
         found = {"samples": 0, "read": 0, "encoder_rows": 0}
         if (self.directory / FILE_NAME).is_file():
             found |= read_facts(self.directory)
-        self.done, self.read = int(found["samples"]), int(found["read"])
+        self.read = int(found["read"])
+        self.done = _samples_in(self.directory)
         self.writers["decoder"] = TraceWriter(
             self.directory, self.shapes["decoder"], {**_how_far(found), **self.facts}
         )
@@ -426,43 +426,9 @@ def _input_device(model: Any) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@contextlib.contextmanager
-def _ahead(stream: Iterator[Sample]) -> Iterator[Iterator[Sample]]:
-    """Read in a thread of its own: tokenising does not hold the interpreter, nor then the model."""
-    ready: queue.Queue[Sample | BaseException | None] = queue.Queue(_READ_AHEAD)
-    stopped = threading.Event()
-
-    def put(item: Sample | BaseException | None) -> None:
-        while not stopped.is_set():
-            with contextlib.suppress(queue.Full):
-                ready.put(item, timeout=0.1)
-                return
-
-    def read() -> None:
-        try:
-            for sample in stream:
-                put(sample)
-                if stopped.is_set():
-                    return
-            put(None)
-        except BaseException as error:  # raised again where the samples are used
-            put(error)
-
-    def samples_of() -> Iterator[Sample]:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-
-    # the notes and bars of tokenising go where the caller's go
-    context = contextvars.copy_context()
-    thread = threading.Thread(target=context.run, args=(read,), daemon=True, name="samples")
-    thread.start()
-    try:
-        yield samples_of()
-    finally:
-        stopped.set()
-        thread.join()
+def _samples_in(directory: Path) -> int:
+    """Return how many samples the trace there holds; 0 where there is none."""
+    return int(read_facts(directory).get("samples", 0)) if (directory / FILE_NAME).is_file() else 0
 
 
 def _how_far(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -499,16 +465,17 @@ def _packed(choices: Mapping[int, Choice], shape: Shape) -> dict[str, torch.Tens
 
 
 def _predictions(logits_BTV: torch.Tensor, targets_BT: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the most likely token and the loss of every row; a sample at a time, in float32."""
-    targets_BT = targets_BT.to(logits_BTV.device)
-    loss_BT = torch.stack(
+    """Return the most likely token and the loss of every row; a few rows at a time, in float32."""
+    logits_RV = logits_BTV.flatten(0, 1)
+    targets_R = targets_BT.to(logits_RV.device).flatten()
+    rows = max(1, _LOGITS_AT_ONCE // logits_RV.shape[1])
+    loss_R = torch.cat(
         [
-            functional.cross_entropy(logits_TV.float(), targets_T, reduction="none")
-            for logits_TV, targets_T in zip(logits_BTV, targets_BT, strict=True)
+            functional.cross_entropy(logits.float(), targets, reduction="none")
+            for logits, targets in zip(logits_RV.split(rows), targets_R.split(rows), strict=True)
         ]
-    ).masked_fill_(targets_BT < 0, torch.nan)
-    predicted_BT = logits_BTV.argmax(dim=-1).to(torch.int32)
-    return {"predicted": predicted_BT.flatten(), "loss": loss_BT.flatten()}
+    ).masked_fill_(targets_R < 0, torch.nan)
+    return {"predicted": logits_RV.argmax(dim=-1).to(torch.int32), "loss": loss_R}
 
 
 def _to_host(

@@ -186,17 +186,17 @@ class _Plan:
     sites: list[Site]
     owners: list[tuple[Stack, nn.Module | None, list[str]]]
     """Stack, the module whose calls are its passes, and the names of that module's arguments."""
-    links: list[tuple[nn.Module | None, str, nn.Module]]
-    """Parent, name, child: what has to be as it was for the plan to hold."""
+    links: list[tuple[dict[str, nn.Module | None], str, nn.Module]]
+    """Children of a module, a name, the child: what has to be as it was for the plan to hold."""
 
     @classmethod
     def of(cls, model: nn.Module) -> _Plan:
         sites = _one_a_layer(find_sites(model))
         owners: list[tuple[Stack, nn.Module | None, list[str]]] = []
-        links: dict[tuple[int, str], tuple[nn.Module | None, str, nn.Module]] = {}
+        links: dict[tuple[int, str], tuple[dict[str, nn.Module | None], str, nn.Module]] = {}
 
         def watch(parent: nn.Module, name: str, child: nn.Module) -> None:
-            links[id(parent), name] = (None if parent is model else parent, name, child)
+            links[id(parent), name] = (parent._modules, name, child)
 
         for stack, path in dict.fromkeys((site.stack, site.owner) for site in sites):
             owner = model.get_submodule(path)
@@ -215,17 +215,14 @@ class _Plan:
                     parent = child
         return cls(sites, owners, list(links.values()))
 
-    def holds(self, model: nn.Module) -> bool:
+    def holds(self) -> bool:
         """Whether no part of the model has been replaced since."""
-        return all(
-            (model if parent is None else parent)._modules.get(name) is child
-            for parent, name, child in self.links
-        )
+        return all(children.get(name) is child for children, name, child in self.links)
 
     def compiled(self, model: nn.Module) -> bool:
         """Whether the model, a layer or a part of a layer was compiled in place."""
-        modules = [model, *(child for _, _, child in self.links)]
-        return any(getattr(module, "_compiled_call_impl", None) is not None for module in modules)
+        name = "_compiled_call_impl"  # None in the class
+        return name in vars(model) or any(name in vars(child) for _, _, child in self.links)
 
 
 _PLANS: weakref.WeakKeyDictionary[nn.Module, _Plan] = weakref.WeakKeyDictionary()
@@ -233,7 +230,7 @@ _PLANS: weakref.WeakKeyDictionary[nn.Module, _Plan] = weakref.WeakKeyDictionary(
 
 def _plan(model: nn.Module) -> _Plan:
     plan = _PLANS.get(model)
-    if plan is None or not plan.holds(model):
+    if plan is None or not plan.holds():
         plan = _PLANS[model] = _Plan.of(model)
     return plan
 
@@ -247,11 +244,25 @@ class _Call:
     shape: tuple[int, int] | None
     """Batch and sequence, where they could be read."""
     keeps_logits: bool
-    router: dict[Site, list[Any]] = field(default_factory=dict)
-    experts: dict[Site, list[Any]] = field(default_factory=dict)
-    logits: dict[Site, list[Any]] = field(default_factory=dict)
+    router: list[tuple[Site, Any]] = field(default_factory=list)
+    experts: list[tuple[Site, Any]] = field(default_factory=list)
+    logits: list[tuple[Site, Any]] = field(default_factory=list)
     read: dict[Site, list[Choice]] = field(default_factory=dict)
-    bytes: int = 0
+    sorted: dict[Site, tuple[list[Any], list[Any], list[Any]]] | None = None
+    """What was heard by site: put in order when it is first read, not while the model runs."""
+
+    @property
+    def bytes(self) -> int:
+        """Of what is kept on accelerators, if all layers are like the one heard last."""
+        return sum(
+            len(places) * _on_device(places[-1][1])
+            for places in (self.router, self.experts)
+            if places
+        )
+
+    def sites(self) -> set[Site]:
+        """Sites that were heard."""
+        return {site for places in (self.router, self.experts) for site, _ in places}
 
     def choices(self, site: Site) -> list[Choice]:
         """What the site decided, in the order of its calls."""
@@ -263,7 +274,12 @@ class _Call:
         return self.read[site]
 
     def _heard(self, site: Site) -> Iterator[Heard]:
-        parts = [places.get(site, []) for places in (self.router, self.experts, self.logits)]
+        if self.sorted is None:
+            self.sorted = {}
+            for index, places in enumerate((self.router, self.experts, self.logits)):
+                for where, kept in places:
+                    self.sorted.setdefault(where, ([], [], []))[index].append(kept)
+        parts = self.sorted.get(site, ([], [], []))
         for index in range(max(map(len, parts))):
             yield Heard(*(part[index] if index < len(part) else None for part in parts))
 
@@ -277,13 +293,14 @@ class _Call:
 
     def spill(self) -> None:
         """Move what is kept to the CPU."""
-        for site in {*self.router, *self.experts}:
+        for site in self.sites():
             self.read[site] = [
                 Choice(*(None if x is None else x.cpu() for x in choice))  # type: ignore[arg-type]
                 for choice in self.choices(site)
             ]
         if self.given_mask is not None:
             self.given_mask = self.given_mask.cpu()
+        self.sorted = {}
         for places in (self.router, self.experts, self.logits):
             places.clear()
 
@@ -316,7 +333,7 @@ class _Stream:
         if call is None or not (call.router or call.experts):
             return
         if call.rows < 0:
-            site = next(iter((*call.router, *call.experts)))
+            site = next(site for site, _ in (*call.router, *call.experts))
             call.rows = sum(len(choice.ids) for choice in call.choices(site))
         self.calls.append(call)
         self.version += 1
@@ -380,14 +397,13 @@ def _end(stream: _Stream) -> Any:
 # A call is open only while its stack runs forward: gradient checkpointing runs layers again during
 # the backward pass, and those are no choices of their own.
 def _hear_router(stream: _Stream, site: Site, logits: bool) -> Any:
+    keep, own_without = site.keep, site.own and not logits
+
     def hear(module: nn.Module, args: Any, output: Any) -> None:
         call = stream.open
         if call is not None:
-            kept = site.keep(output)
-            if site.own and not logits:
-                kept = (None, *kept[1:])
-            call.router.setdefault(site, []).append(kept)
-            call.bytes += _on_device(kept)
+            kept = keep(output)
+            call.router.append((site, (None, *kept[1:]) if own_without else kept))
 
     return hear
 
@@ -398,7 +414,7 @@ def _hear_experts(stream: _Stream, site: Site) -> Any:
         if call is not None:
             heard = hear_experts(args, kwargs)
             if heard is not None:
-                call.experts.setdefault(site, []).append(heard)
+                call.experts.append((site, heard))
 
     return hear
 
@@ -406,13 +422,13 @@ def _hear_experts(stream: _Stream, site: Site) -> Any:
 def _hear_logits(stream: _Stream, site: Site) -> Any:
     def hear(module: nn.Module, args: Any, output: torch.Tensor) -> None:
         if stream.open is not None:
-            stream.open.logits.setdefault(site, []).append(output.detach())
+            stream.open.logits.append((site, output.detach()))
 
     return hear
 
 
 def _on_device(kept: tuple[Any, ...]) -> int:
-    return sum(x.nbytes for x in kept if isinstance(x, torch.Tensor) and x.device.type != "cpu")
+    return sum(x.nbytes for x in kept if isinstance(x, torch.Tensor) and not x.is_cpu)
 
 
 def _merged(choices: list[Choice]) -> Choice:

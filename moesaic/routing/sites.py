@@ -176,6 +176,18 @@ def _place(modules: dict[str, nn.Module], path: str) -> tuple[str, int]:
 
 def hear_experts(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return (ids, weights) from the arguments of a module of experts, or None."""
+    if len(args) == 3 and not kwargs:  # the usual way, in a microsecond
+        x, ids, weights = args
+        if (
+            isinstance(x, torch.Tensor)
+            and isinstance(ids, torch.Tensor)
+            and isinstance(weights, torch.Tensor)
+            and x.dim() == 2 == ids.dim()
+            and not ids.is_floating_point()
+            and weights.is_floating_point()
+            and weights.shape == ids.shape
+        ):
+            return ids, weights.detach()
     given = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.dim() == 2]
     ids = next((x for x in given[1:] if not x.is_floating_point()), None)
     if ids is None:
@@ -190,7 +202,7 @@ def _keep_tensors(output: Any) -> tuple[Any, ...]:
         return (output.detach(),)
     if not isinstance(output, (tuple, list)):
         return ()
-    return tuple(x.detach() for x in output[:4] if isinstance(x, torch.Tensor))
+    return tuple([x.detach() for x in output[:4] if isinstance(x, torch.Tensor)])
 
 
 def _read_own(site: Site, heard: Heard) -> Choice:

@@ -294,8 +294,8 @@ def test_without_logits():
         kept = [
             tensor
             for call in rec._stream.calls
-            for parts in call.router.values()
-            for tensor in parts[0]
+            for _, parts in call.router
+            for tensor in parts
             if tensor is not None
         ]
     assert kept
@@ -308,7 +308,7 @@ def test_much_is_moved_off_the_accelerator(monkeypatch):
     """What waits is moved to the CPU now and then, and reads the same."""
     model = llama_moe()
     monkeypatch.setattr(module, "_on_device", lambda kept: 600)
-    monkeypatch.setattr(module, "_KEPT_BYTES", 3000)
+    monkeypatch.setattr(module, "_KEPT_BYTES", 6000)  # a pass: 2 layers, 2 ends of each
     with torch.no_grad(), moesaic.recording(model) as rec:
         for _ in range(5):
             model(IDS)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
 import moesaic
-from moesaic.core.errors import UserError
+from moesaic.core.errors import MoesaicError, UserError
 from moesaic.data.sources import open_domains
+from moesaic.models.tokenizer import load_tokenizer
+from moesaic.routing import reader
 from moesaic.routing import record as recorder
 from moesaic.routing.blocks import Delimiters, Sample, delimiters, samples
 from moesaic.routing.feed import Feed
+from moesaic.routing.reader import Text, ahead
 from moesaic.routing.trace import Shape, Trace, TraceWriter
 from tests.helpers import assert_user_error, run_cli
 from tests.models.golden import FAMILIES
@@ -415,3 +419,57 @@ def test_bad_input(place, tmp_path):
     (tmp_path / "trace").mkdir()
     (tmp_path / "trace" / "other").write_text("")
     assert_user_error(run(), "holds no trace")
+
+
+def test_reading_in_another_process_is_the_same(place, tmp_path):
+    """Samples, the place to start at, faults and a source that only the caller knows."""
+    tokenizer, sources = load_tokenizer(place / "model"), open_domains(str(place / "text"))
+    text = Text(sources, tokenizer, delimiters(tokenizer), 1500, 32, seed=3)
+    expected = list(text.samples())
+    assert len(expected) > 20
+    for apart, skip in ((True, 0), (True, 20), (False, 20)):
+        with ahead(text, skip=skip, apart=apart) as stream:
+            found = list(stream)
+        assert len(found) == len(expected) - skip
+        for one, other in zip(found, expected[skip:], strict=True):
+            assert one.domain == other.domain
+            assert np.array_equal(one.ids, other.ids)
+            assert np.array_equal(one.document, other.document)
+            assert one.ids.dtype == one.document.dtype == np.int64
+    with ahead(text, skip=0, apart=True) as stream:
+        next(stream)  # the process is stopped in the middle of it
+
+    class Here:  # cannot be told to another process
+        def documents(self):
+            yield "some text"
+
+        def fingerprint(self):
+            return "here"
+
+    with ahead(replace(text, sources={"here": Here()}, seed=None), skip=0, apart=True) as stream:
+        assert len(next(stream)) > 0
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "good"}\n{"text": 5}\n')
+    faulty = replace(text, sources=open_domains(str(bad)), seed=None)
+    with pytest.raises(UserError) as here:
+        list(faulty.samples())
+    with ahead(faulty, skip=0, apart=True) as stream, pytest.raises(UserError) as there:
+        list(stream)
+    assert str(here.value) == str(there.value)
+
+
+def test_a_reader_that_dies_is_noticed(place, monkeypatch):
+    tokenizer, sources = load_tokenizer(place / "model"), open_domains("stdlib")
+    text, started, start = (
+        Text(sources, tokenizer, delimiters(tokenizer), 10**9, 32),
+        [],
+        reader._start,
+    )
+    monkeypatch.setattr(
+        reader, "_start", lambda *given: started.append(start(*given)) or started[0]
+    )
+    with ahead(text, skip=0, apart=True) as stream:
+        next(stream)
+        started[0].kill()
+        with pytest.raises(MoesaicError, match="same call goes on"):
+            list(stream)
