@@ -123,11 +123,12 @@ class Blueprint:
     def router_tensors(self, layer: int) -> dict[str, torch.Tensor]:
         """The router weights of a layer under their final names, in the checkpoint's type."""
         start, weights = self.mlp(layer), self.router.layers[layer]
-        noise = torch.zeros(self.split.num_experts, self.dense.hidden)
-        tensors = {
-            **{f"{start}gate.gate_network.{name}": weight for name, weight in weights.items()},
-            f"{start}gate.weight_noise.weight": noise,
-        }
+        tensors = {f"{start}gate.gate_network.{name}": weight for name, weight in weights.items()}
+        if self.config.get("gate_add_noise", True):
+            noise = torch.zeros(self.split.num_experts, self.dense.hidden)
+            tensors[f"{start}gate.weight_noise.weight"] = noise
+        if self.config.get("gate_weighting") == "one":
+            tensors[f"{start}gate.correction"] = torch.zeros(self.split.num_experts)
         shared = self.router.shared[layer]
         if shared is not None:
             block = self.blocks(layer)[1][0]
@@ -163,7 +164,8 @@ class Blueprint:
         widths = [[len(ids) for ids in layer] for layer in self.split.experts]
         total = sum(math.prod(shape) for _, _, shape in self.plan())
         # Noise weights act in training only; anatomy counts them as idle too.
-        noise = self.dense.layers * self.split.num_experts * self.dense.hidden
+        noisy = self.config.get("gate_add_noise", True)
+        noise = self.dense.layers * self.split.num_experts * self.dense.hidden * noisy
         idle_share = 1 - self.config["num_selects"] / self.split.num_experts
         weights = 3 * self.dense.hidden + (2 if self.config.get("mlp_bias") else 0)
         idle = sum(weights * sum(layer) * idle_share for layer in widths)
@@ -238,6 +240,7 @@ def mixture_config(
         "size_experts": sizes,
         "gate_type": "TopKBalancedNoisyGate",
         "gate_network": router.gate,
+        **({"gate_bias": True} if router.bias else {}),
         "gate_use_softmax": True,
         "gate_use_balance": True,
         "gate_balance_loss_weight": 1e-2,

@@ -17,7 +17,15 @@ from moesaic.construct.free.distil import Distillation
 from moesaic.core.config import Config, parse
 from moesaic.core.errors import UserError
 
-__all__ = ["Choice", "Recipe", "check_recipe", "made_before", "name_of", "refinement"]
+__all__ = [
+    "Choice",
+    "Recipe",
+    "check_recipe",
+    "made_before",
+    "name_of",
+    "refinement",
+    "stage_names",
+]
 
 Choice = str | dict[str, Any]
 
@@ -90,6 +98,12 @@ def check_recipe(recipe: Recipe, dense: DenseModel) -> None:
             f"experts={recipe.experts} does not divide the {dense.width} neurons of a layer. "
             "Use a divisor."
         )
+
+
+def stage_names(recipe: Recipe) -> list[str]:
+    """The stages that a construction goes through, in order."""
+    asked = {"split": True, "refit": recipe.refit, "refine": recipe.refine}
+    return [stage for stage, choice in asked.items() if choice is not None]
 
 
 def refinement(recipe: Recipe) -> Distillation | None:

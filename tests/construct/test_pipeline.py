@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import moesaic
-from moesaic.construct.pipeline import Recipe, assemble, construct, results, run
+from moesaic.construct.pipeline import Recipe, construct, results, run
 from moesaic.construct.split import NeuronSplit
 from moesaic.core.errors import UserError
 from tests.construct.dense_models import write_dense, write_text_tokenizer
@@ -54,8 +54,13 @@ def test_any_split_goes_with_any_other_choice(dense, split):
     assert made.split().exact
 
 
-def test_all_experts_on_are_the_dense_model(dense):
-    model = assemble(run(dense / "model", recipe(dense)), "split")
+def stage(folder, name):
+    return moesaic.load(folder / name, dtype=torch.float32)
+
+
+def test_all_experts_on_are_the_dense_model(dense, tmp_path):
+    run(dense / "model", recipe(dense), folder=tmp_path)
+    model = stage(tmp_path, "split")
     ids = torch.randint(0, 29, (2, 24), generator=torch.Generator().manual_seed(1))
     wanted = moesaic.load(dense / "model", dtype=torch.float32)(ids).logits
     assert not torch.allclose(model(ids).logits, wanted, atol=1e-2)
@@ -70,16 +75,17 @@ def test_the_checkpoint_is_the_model_that_was_measured(dense, tmp_path):
     path = construct(dense / "model", out=tmp_path / "moe", recipe=settings)
     figures = json.loads((path / "construct.json").read_text())
     model = moesaic.load(path, dtype=torch.float32)
-    again = run(dense / "model", settings)
+    again = run(dense / "model", settings, folder=tmp_path / "again")
     ids = torch.randint(0, 29, (2, 24), generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(model(ids).logits, assemble(again, "last")(ids).logits)
+    torch.testing.assert_close(model(ids).logits, stage(tmp_path / "again", "refit")(ids).logits)
     assert [row["stage"] for row in figures["stages"]] == ["dense", "split", "refit"]
     assert figures["stages"] == again.stages  # the same seed gives the same model
     assert all(row["loss"] > 0 for row in figures["stages"])
 
 
-def test_the_router_learns_without_a_balance_loss(dense):
-    model = assemble(run(dense / "model", recipe(dense)), "last").train()
+def test_the_router_learns_without_a_balance_loss(dense, tmp_path):
+    run(dense / "model", recipe(dense), folder=tmp_path)
+    model = stage(tmp_path, "refit").train()
     model.set_moe_gate_use_balance(False)
     routers = {n: p.detach().clone() for n, p in model.gate_parameters()}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
@@ -95,24 +101,25 @@ def test_the_router_learns_without_a_balance_loss(dense):
         assert not torch.equal(parameter, routers[name]), name
 
 
-def test_distillation_brings_layers_nearer(dense):
+def test_distillation_brings_layers_nearer(dense, tmp_path):
     settings = {"method": "layerwise", "passes": 6, "batch": 128}
-    made = run(dense / "model", recipe(dense, refine=settings))
+    made = run(dense / "model", recipe(dense, refine=settings), folder=tmp_path)
     for layer in made.layers:
         assert layer.facts["refine"]["missed_after"] < layer.facts["refine"]["missed_before"]
     ids = torch.randint(0, 29, (2, 24), generator=torch.Generator().manual_seed(1))
-    last, refit = (assemble(made, stage)(ids).logits for stage in ("last", "refit"))
+    last, refit = (stage(tmp_path, name)(ids).logits for name in ("refine", "refit"))
     assert not torch.allclose(last, refit)
 
 
-def test_attention_is_refitted_where_its_input_has_changed(dense):
-    made = run(dense / "model", recipe(dense, attention=1.0))
+def test_attention_is_refitted_where_its_input_has_changed(dense, tmp_path):
+    run(dense / "model", recipe(dense, attention=1.0), folder=tmp_path)
     layers = moesaic.load(dense / "model", dtype=torch.float32).model.layers
     first, second = (layer.self_attn.o_proj.weight for layer in layers)
-    torch.testing.assert_close(made.attention[0], first, atol=1e-4, rtol=1e-3)
-    assert not torch.allclose(made.attention[1], second, atol=1e-3)
-    loaded = assemble(made, "last").model.layers[1].self_attn.o_proj.weight
-    torch.testing.assert_close(loaded, made.attention[1])
+    made = [layer.self_attn.o_proj.weight for layer in stage(tmp_path, "refit").model.layers]
+    torch.testing.assert_close(made[0], first, atol=1e-4, rtol=1e-3)
+    assert not torch.allclose(made[1], second, atol=1e-3)
+    before = stage(tmp_path, "split").model.layers[1].self_attn.o_proj.weight
+    torch.testing.assert_close(before, second)
 
 
 def test_an_imported_split_takes_our_router_and_refit(dense, tmp_path):

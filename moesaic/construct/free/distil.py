@@ -58,10 +58,6 @@ class ExpertWeights:
         """What is learned, experts first."""
         return [self.gate_EID, self.up_EID, self.down_EID, self.router_ED, self.bias_E]
 
-    def to(self, device: torch.device | str) -> ExpertWeights:
-        """The same weights on a device."""
-        return self.with_tensors([weight.to(device) for weight in self.tensors()])
-
     def with_tensors(self, tensors: list[torch.Tensor]) -> ExpertWeights:
         """The same layer with other learned weights, in the order of `tensors`."""
         changed: dict[str, Any] = dict(zip(_LEARNED, tensors, strict=True))

@@ -7,6 +7,7 @@ the layer's experts (shared ones last; a neuron of two experts counts twice).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -35,28 +36,19 @@ class ConvertedLayer:
     refit_PD: torch.Tensor | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def order_P(self) -> torch.Tensor:
         """Neuron ids, expert by expert, shared ones last."""
         ids_P = torch.from_numpy(np.concatenate([*self.parts.experts, *self.parts.shared]))
         return ids_P.to(self.down_PD.device)
 
-    @property
+    @cached_property
     def owner_P(self) -> torch.Tensor:
         """Routed expert of each place; E for shared neurons."""
         sizes = [len(ids) for ids in self.parts.experts]
         owners = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
         rest = sum(len(ids) for ids in self.parts.shared)
         return torch.cat([owners, torch.full((rest,), len(sizes))]).to(self.down_PD.device)
-
-    def to(self, device: torch.device | str) -> ConvertedLayer:
-        """The same layer with its tensors on a device; its gate is moved itself."""
-        self.router = {name: weight.to(device) for name, weight in self.router.items()}
-        self.gate.to(device)
-        for name in ("down_PD", "down_bias_D", "refit_PD"):
-            value = getattr(self, name)
-            setattr(self, name, None if value is None else value.to(device))
-        return self
 
     @torch.inference_mode()
     def weights(self, x_TD: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,291 @@
+"""One layer after another: split, route, weigh, refit and refine, each on the layers before it.
+
+Two residual streams run along: the converted model's, which every layer is made on, and the dense
+model's, which is the target. Only these and one layer are in memory; what a layer's weights became
+is handed on to whoever writes them.
+Notation: B rows, C tokens a row, T = B*C tokens, D hidden size, F neurons, E experts, P neurons
+held by the layer's experts, I neurons of one expert.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from moesaic.construct.activations import LayerStream
+from moesaic.construct.attention_refit import attend_both
+from moesaic.construct.choices import RouterChoice, SplitChoice
+from moesaic.construct.dense import DenseModel
+from moesaic.construct.free.distil import Distillation, ExpertWeights, distil
+from moesaic.construct.free.layer import ConvertedLayer
+from moesaic.construct.free.view import LayerView
+from moesaic.construct.method import LayerSplit
+from moesaic.construct.recipe import Recipe
+from moesaic.construct.refit import Refit, RefitInputs
+from moesaic.construct.router import RouterInit
+from moesaic.core.errors import UserError
+from moesaic.models.gates import TopKBalancedNoisyGate
+
+__all__ = ["LayerMaker", "LayerWeights", "MadeLayer"]
+
+
+@dataclass
+class LayerWeights:
+    """The weights of a layer as they are after a stage; float32 on the maker's device."""
+
+    parts: LayerSplit
+    router: dict[str, torch.Tensor]
+    gate_PD: torch.Tensor
+    up_PD: torch.Tensor
+    down_PD: torch.Tensor
+    output_DP: torch.Tensor | None
+    """The attention's output projection, where it is not the dense model's."""
+
+
+@dataclass
+class MadeLayer:
+    """What is kept of a finished layer."""
+
+    parts: LayerSplit
+    router: dict[str, torch.Tensor]
+    """Of the last stage, on the CPU."""
+    facts: dict[str, Any]
+
+
+class LayerMaker:
+    """Both streams, and the methods that are asked layer by layer.
+
+    `fields` are the weighting's. Weights are rounded to the type of the checkpoint before the
+    streams go through them, so that later layers are made on what will be in the file.
+    """
+
+    def __init__(
+        self,
+        dense: DenseModel,
+        recipe: Recipe,
+        ids_BC: torch.Tensor,
+        *,
+        split: SplitChoice,
+        fields: Mapping[str, Any],
+        refit: Refit | None,
+        refine: Distillation | None,
+    ) -> None:
+        self.dense, self.recipe, self.fields = dense, recipe, fields
+        self.split, self.refit, self.refine = split, refit, refine
+        self.selects = recipe.top_k - recipe.shared
+        self.router = RouterChoice(dense, recipe, split, selects=self.selects)
+        self.stream = LayerStream(dense, context=ids_BC.shape[1], device=recipe.place())
+        self.dense_BCD = self.stream.embed(ids_BC)
+        self.moe_BCD = self.dense_BCD.clone()
+        self.dtype = dense.checkpoint.dtype(dense.ffn(0)[2])
+        self.seconds: dict[str, float] = {}
+
+    @torch.inference_mode()
+    def layer(self, index: int) -> tuple[MadeLayer, dict[str, LayerWeights]]:
+        """Make one layer and move both streams past it; its weights after every stage."""
+        with self._timed("streams"):
+            module: Any = self.stream.load(index)
+            mlp = module.mlp
+            seen = attend_both(
+                self.stream,
+                module,
+                self.dense_BCD,
+                self.moe_BCD,
+                blend=self.recipe.attention,
+                dtype=self.dtype,
+            )
+            shape = self.moe_BCD.shape
+            dense_out_TD = _in_parts(mlp, seen.dense_normed_TD)
+            dense_TD = self.stream.finish(module, seen.dense_residual_TD, dense_out_TD)
+            self.dense_BCD = dense_TD.view(shape)
+            x_TD = seen.normed_TD
+            neurons_TF = _in_parts(
+                lambda x: mlp.act_fn(mlp.gate_proj(x)).mul_(mlp.up_proj(x)), x_TD
+            )
+            own_TD = _in_parts(mlp.down_proj, neurons_TF)
+            # What would bring the stream back to the dense model's. Behind a norm that cannot be
+            # said of the layer's output; there it is what the dense model's layer gives.
+            after_norm = self.stream.output_norms(module)
+            full_TD = dense_out_TD if after_norm else dense_TD - seen.residual_TD
+            del dense_out_TD
+        view = LayerView.of(
+            index,
+            mlp,
+            x_TD,
+            neurons_TF,
+            experts=self.recipe.experts,
+            shared=self.recipe.shared,
+            top_k=self.selects,
+            context=shape[1],
+            seed=self.recipe.seed,
+        )
+        with self._timed("split and router"):
+            made = self._divide(view, mlp.down_proj.bias)
+            weights_TE = made.weights(x_TD)
+        gate_PD, up_PD = view.gate_FD[made.order_P], view.up_FD[made.order_P]
+        last = LayerWeights(made.parts, made.router, gate_PD, up_PD, made.down_PD, None)
+        stages = {"split": last}
+        errors = {"split": made.error(view, weights_TE, own_TD, refitted=False)}
+        target_TD = own_TD
+        if self.refit is not None:
+            with self._timed("refit"):
+                target_TD = self._refit(self.refit, view, made, weights_TE, own_TD, full_TD)
+            assert made.refit_PD is not None
+            last = replace(last, down_PD=made.refit_PD, output_DP=seen.weight_DP)
+            stages["refit"] = last
+            errors["refit"] = made.error(view, weights_TE, own_TD, refitted=True)
+        del full_TD
+        if self.refine is None:
+            out_TD = made.forward(neurons_TF, weights_TE, refitted=True)
+        else:
+            with self._timed("refine"):
+                found, out_TD = self._distil(view, made, target_TD, self.refine)
+            gate_PD, up_PD, down_PD = (weight.flatten(0, 1) for weight in found.tensors()[:3])
+            router = {"weight": found.router_ED, "bias": found.bias_E}
+            last = LayerWeights(made.parts, router, gate_PD, up_PD, down_PD, seen.weight_DP)
+            stages["refine"] = last
+            held_T = view.held_T
+            rest_TD = out_TD[held_T] - own_TD[held_T]
+            errors["refine"] = float(rest_TD.square().sum() / own_TD[held_T].square().sum())
+        last.output_DP = seen.weight_DP
+        made.judge(view, weights_TE, own_TD)
+        self.moe_BCD = self.stream.finish(module, seen.residual_TD, out_TD).view(shape)
+        drift = (self.moe_BCD - self.dense_BCD).square_().sum()
+        spread = (dense_TD - dense_TD.mean(0)).square_().sum()
+        made.facts |= {
+            "output_error": errors,
+            "split": view.facts,
+            "stream_error": float(drift / spread),
+        }
+        router = {name: weight.cpu() for name, weight in last.router.items()}
+        return MadeLayer(made.parts, router, made.facts), stages
+
+    def _divide(self, view: LayerView, bias_D: torch.Tensor | None) -> ConvertedLayer:
+        parts = self.split.layer(view)
+        router = self._rounded(self.router.layer(view, parts))
+        order_P = torch.from_numpy(np.concatenate([*parts.experts, *parts.shared]))
+        return ConvertedLayer(
+            parts,
+            router,
+            self._gate(router, len(parts.experts)),
+            float(self.fields.get("score_scale_factor", 1.0)),
+            view.down_DF.T[order_P.to(view.down_DF.device)].contiguous(),
+            bias_D,
+        )
+
+    def _gate(self, router: dict[str, torch.Tensor], experts: int) -> TopKBalancedNoisyGate:
+        gate = TopKBalancedNoisyGate(
+            self.dense.hidden,
+            experts,
+            self.selects,
+            network=RouterInit([router], [None]).gate,
+            add_noise=False,
+            bias="bias" in router,
+            weighting=self.fields.get("gate_weighting", "scores"),
+        ).eval()
+        assert gate.gate_network is not None
+        gate.gate_network.load_state_dict(router)
+        return gate.to(self.stream.device)
+
+    def _refit(
+        self,
+        refit: Refit,
+        view: LayerView,
+        made: ConvertedLayer,
+        weights_TE: torch.Tensor,
+        own_TD: torch.Tensor,
+        full_TD: torch.Tensor,
+    ) -> torch.Tensor:
+        """Put the new down projection into `made`; returns what the layer should give, [T, D]."""
+        bias_D = made.down_bias_D
+        inputs = RefitInputs(
+            view.layer,
+            len(own_TD),
+            lambda part: made.features(view.neurons_TF[part], weights_TE[part]),
+            own_TD if bias_D is None else own_TD - bias_D,
+            full_TD if bias_D is None else full_TD - bias_D,
+            view.held_T,
+            made.down_PD,
+            made.facts,
+        )
+        made.refit_PD = refit.solve(inputs).to(self.dtype).float()
+        target_TD = refit.target(inputs)
+        return target_TD if bias_D is None else target_TD + bias_D
+
+    def _distil(
+        self,
+        view: LayerView,
+        made: ConvertedLayer,
+        target_TD: torch.Tensor,
+        settings: Distillation,
+    ) -> tuple[ExpertWeights, torch.Tensor]:
+        """The refined experts and router, and what the layer then gives, [T, D]."""
+        down_PD = made.down_PD if made.refit_PD is None else made.refit_PD
+        sizes = {len(ids) for ids in made.parts.experts}
+        if len(sizes) > 1:
+            raise UserError(
+                f"The experts of layer {view.layer} hold {min(sizes)} to {max(sizes)} neurons; "
+                "refine: layerwise needs experts of one width. Use refine: null, or another split."
+            )
+        if "weight" not in made.router:
+            raise UserError(
+                "refine: layerwise distils a router of one matrix. Use refine: null, or another "
+                "router, such as energy."
+            )
+        ids_EI = made.order_P.view(len(made.parts.experts), sizes.pop())
+        offset = 0.0 if made.down_bias_D is None else made.down_bias_D
+        router = made.router
+        with torch.inference_mode(False), torch.enable_grad():
+            start = ExpertWeights(
+                view.gate_FD[ids_EI].clone(),
+                view.up_FD[ids_EI].clone(),
+                down_PD.view(*ids_EI.shape, -1).clone(),
+                router["weight"].clone(),
+                router.get("bias", down_PD.new_zeros(len(ids_EI))).clone(),
+                view.activation,
+                None if view.gate_bias_F is None else view.gate_bias_F[ids_EI].clone(),
+                None if view.up_bias_F is None else view.up_bias_F[ids_EI].clone(),
+            )
+            found, made.facts["refine"] = distil(
+                start,
+                view.x_TD.clone(),
+                target_TD - offset,
+                view.held_T.clone(),
+                top_k=self.selects,
+                settings=settings,
+                seed=self.recipe.seed + view.layer,
+            )
+        found = found.with_tensors([w.to(self.dtype).float() for w in found.tensors()])
+        return found, _in_parts(lambda x: found.forward(x, self.selects) + offset, view.x_TD)
+
+    def _rounded(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: tensor.to(self.dtype).float() for name, tensor in tensors.items()}
+
+    @contextlib.contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        if self.stream.device.type == "cuda":
+            torch.cuda.synchronize(self.stream.device)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
+
+
+def _in_parts(function: Callable[[torch.Tensor], torch.Tensor], x_TD: torch.Tensor) -> torch.Tensor:
+    """Apply a function to a few thousand tokens at a time."""
+    made: torch.Tensor | None = None
+    for start in range(0, len(x_TD), _PART):
+        part = function(x_TD[start : start + _PART])
+        if made is None:
+            made = part.new_empty(len(x_TD), part.shape[1])
+        made[start : start + _PART] = part
+    assert made is not None
+    return made
+
+
+_PART = 8192

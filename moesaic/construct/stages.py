@@ -1,0 +1,79 @@
+"""What each stage of a construction changed: held-out loss, captured energy, load, output error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moesaic.construct.dense import DenseModel
+from moesaic.construct.recipe import Recipe, stage_names
+from moesaic.core.console import note
+
+__all__ = ["held_out", "name_the_idle", "stage_records"]
+
+_FLOAT32_BELOW = 2_000_000_000
+"""Parameters up to which losses are measured in float32; larger models in their own type."""
+
+
+def stage_records(
+    facts: Sequence[Mapping[str, Any]],
+    recipe: Recipe,
+    *,
+    losses: Mapping[str, Mapping[str, float] | None],
+) -> list[dict[str, Any]]:
+    """One record for the dense model and one for every stage: losses, and means over the layers.
+
+    `facts` are the layers'; `losses` those of "dense" and of the stages that were measured.
+    """
+    records: list[dict[str, Any]] = [{"stage": "dense", **_loss(losses.get("dense"))}]
+    for stage in stage_names(recipe):
+        record: dict[str, Any] = {"stage": stage, "all_on_difference": None}
+        if stage != "refine":
+            all_on = "all_on_refit" if stage == "refit" else "all_on"
+            record["all_on_difference"] = max(float(f[all_on]) for f in facts)
+        for key in ("captured", "oracle", "load_entropy"):
+            record[key] = None if stage == "refine" else _mean([f[key] for f in facts])
+        record["output_error"] = _mean([f["output_error"][stage] for f in facts])
+        records.append(record | _loss(losses.get(stage)))
+    return records
+
+
+def held_out(directory: Path, dense: DenseModel, recipe: Recipe) -> dict[str, float]:
+    """The held-out loss of a model in a directory, by domain and "mean"."""
+    from moesaic.measure.loss import held_out_loss
+    from moesaic.models.load import load
+    from moesaic.models.tokenizer import load_tokenizer
+
+    place = recipe.place()
+    small = dense.checkpoint.parameters < _FLOAT32_BELOW
+    model = load(
+        directory,
+        dtype=torch.float32 if small else "auto",
+        # onto the GPU tensor by tensor: the host never holds the model
+        device_map={"": place} if place.type == "cuda" else None,
+    )
+    return held_out_loss(
+        model,
+        load_tokenizer(dense.checkpoint.path),
+        recipe.held_out,
+        context=recipe.held_out_context,
+        max_documents=recipe.held_out_documents,
+    )
+
+
+def name_the_idle(facts: Sequence[Mapping[str, Any]]) -> None:
+    """Say which experts no calibration token chose, by layer and number."""
+    never = [f"layer {f['layer']} expert {expert}" for f in facts for expert in f["never_chosen"]]
+    if never:
+        note(f"no calibration token chose {', '.join(never[:8])} ({len(never)} in all)")
+
+
+def _loss(losses: Mapping[str, float] | None) -> dict[str, Any]:
+    return {"loss": None} if losses is None else {"loss": losses["mean"], "losses": dict(losses)}
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
