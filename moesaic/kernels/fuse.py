@@ -138,9 +138,9 @@ def _why_left(module: nn.Module, device: torch.device | None) -> str | None:
     recipe = recipe_of(module)
     tell: Any = getattr(module, "scheme", None)
     if tell is None and recipe is None:
-        named = _ROUTER.search(type(module).__name__)
-        known = named is None and not getattr(module, "is_moe_router", False)
-        return "" if known else "how it chooses is not known to us"
+        named = any(_ROUTER.search(cls.__name__) for cls in type(module).__mro__)
+        is_router = named or getattr(module, "is_moe_router", False)
+        return "how it chooses is not known to us" if is_router else ""
     scheme = tell() if recipe is None else recipe.scheme(module)
     if isinstance(scheme, str):
         return scheme

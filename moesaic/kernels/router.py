@@ -21,7 +21,6 @@ Score = Literal["softmax", "sigmoid", "softmax of chosen"]
 GroupRule = Literal["highest", "two highest"]
 MOST_EXPERTS = 512
 MOST_CHOSEN = 16
-_MOST_COLUMNS = 1024  # of a row of scores, every group filled up to a power of two
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -111,8 +110,6 @@ def choose(
 
 def why_not(scheme: Scheme, experts: int, device: torch.device | None = None) -> str | None:
     """Say in a few words why the kernel does not take this choice (on `device`), or return None."""
-    from moesaic.kernels.select import why_no_triton
-
     if scheme.top_k > min(MOST_CHOSEN, experts):
         return f"it chooses {scheme.top_k} of {experts} experts, not up to {MOST_CHOSEN}"
     if experts > MOST_EXPERTS:
@@ -121,9 +118,17 @@ def why_not(scheme: Scheme, experts: int, device: torch.device | None = None) ->
         size = experts // scheme.groups
         if size * scheme.groups != experts or (size < 2 and scheme.group_rule == "two highest"):
             return f"its {experts} experts are no {scheme.groups} groups"
-        if columns(scheme, experts)[1] > _MOST_COLUMNS:
-            return f"it has {scheme.groups} groups of {size} experts, which is too many"
-    return None if device is None else why_no_triton(device)
+    return None if device is None else _why_not_on(device)
+
+
+def _why_not_on(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"the kernel needs a GPU, not a {device.type.upper()}"
+    try:
+        _triton()
+    except ImportError as error:
+        return f"the kernel cannot be imported ({error})"
+    return None
 
 
 def columns(scheme: Scheme, experts: int) -> tuple[int, int]:

@@ -54,7 +54,7 @@ def experts_forward(
     activation = activation_of(self) or "silu"
     name = type(self).__name__
 
-    refused = why_no_triton(x_TD.device)
+    refused = _why_no_triton(x_TD.device)
     if refused is None:
         # The kernels take one dtype. Autograd takes the gradients back to the types given.
         compute = grouped.compute_dtype(x_TD, gate_up_EJD)
@@ -106,7 +106,7 @@ def why_not_fused(
         weights = [weight.transpose(1, 2) for weight in weights]
     gate_up_EJD, down_EDI = weights
     device = device or gate_up_EJD.device
-    reason = why_no_triton(device)
+    reason = _why_no_triton(device)
     if reason is not None:
         return reason
     dtype = dtype or gate_up_EJD.dtype
@@ -142,7 +142,7 @@ def why_not(
         return None
     if path == "grouped":
         return grouped.choose_backend(x_TD, gate_up_EJD, down_EDI)[1]
-    reason = why_no_triton(x_TD.device)
+    reason = _why_no_triton(x_TD.device)
     if reason is None:
         reason = _triton().why_not(x_TD, gate_up_EJD, down_EDI, ids_TK)
     return reason
@@ -177,8 +177,7 @@ def _triton() -> Any:
     return fused
 
 
-def why_no_triton(device: torch.device) -> str | None:
-    """Say in a few words why Triton kernels do not run on `device`, or return None."""
+def _why_no_triton(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"the fused kernels need a GPU, not a {device.type.upper()}"
     try:

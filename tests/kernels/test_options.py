@@ -16,7 +16,7 @@ from tests.kernels.families import tiny
 def experts(monkeypatch):
     """Experts that the fused kernels take; what is put in force is taken back."""
     monkeypatch.setattr(options, "_current", Launch())
-    monkeypatch.setattr(select, "why_no_triton", lambda device: None)
+    monkeypatch.setattr(select, "_why_no_triton", lambda device: None)
     monkeypatch.setattr(select, "_triton", _Takes)
     return [tiny("mixtral").model.layers[0].mlp.experts]
 

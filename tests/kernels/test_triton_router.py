@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 import triton
 
-from moesaic.kernels import fuse_routers, router, select
+from moesaic.kernels import fuse_routers, router
 from moesaic.kernels.router import Scheme, by_score, columns, reference
 from moesaic.kernels.triton import router as fused
 from tests.kernels.compiled import compile_for_hopper
@@ -142,7 +142,7 @@ def test_weights_in_another_dtype_from_logits_with_gaps(device):
 @pytest.mark.parametrize("compile_", [False, True])
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "llama_moe"])
 def test_loss_and_every_gradient_equal_the_models_own(family, compile_, device, monkeypatch):
-    monkeypatch.setattr(select, "why_no_triton", lambda device: None)
+    monkeypatch.setattr(router, "_why_not_on", lambda device: None)
     calls = []
     kernel = fused._start_choose
     monkeypatch.setattr(

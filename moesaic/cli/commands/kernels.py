@@ -253,6 +253,63 @@ def bench(
     emit(report, json=json, render=render, path=out)
 
 
+@app.command("bench-router")
+def bench_router(
+    preset: Annotated[
+        list[str] | None,
+        typer.Option(help="The router of a known model, as qwen3-30b-a3b; again for more."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens in a call.")] = 16384,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; the median counts.")] = 11,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option(help="Where to run; auto prefers a GPU.")
+    ] = "auto",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The output directory, for bench.json.")
+    ] = None,
+    seed: SeedOption = 0,
+    json: JsonOption = False,
+) -> None:
+    """Time a router's choice: one kernel against plain torch, eager and compiled.
+
+    The choice is scores, top-k and weights from given logits; f+b is with their gradient. Without
+    --preset: all of them.
+
+    Example: `moesaic kernels bench-router --preset olmoe-1b-7b -o runs/bench-router`
+    """
+    import torch
+
+    from moesaic.core.errors import check_seed
+    from moesaic.core.files import output_directory, write_text
+    from moesaic.kernels import router_bench as room
+
+    place = _place(device)
+    results = [
+        room.bench(name, tokens=tokens, repeats=repeats, device=place, seed=check_seed(seed))
+        for name in preset or room.PRESETS
+    ]
+    report = {
+        "torch": torch.__version__,
+        "results": [result.to_dict() for result in results],
+    }
+    if out is not None:
+        with output_directory(out) as folder:
+            write_text(folder / "bench.json", json_module.dumps(report, indent=2) + "\n")
+
+    def render() -> None:
+        from rich.console import Console
+        from rich.table import Table
+
+        head, *rows = room.table(results)
+        table = Table(*head)
+        for row in rows:
+            table.add_row(*row)
+        print(f"T {tokens}, {results[0].device}")
+        Console().print(table)
+
+    emit(report, json=json, render=render, path=out)
+
+
 def _place(device: str) -> str:
     import torch
 

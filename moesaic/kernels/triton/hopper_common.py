@@ -156,21 +156,21 @@ def emit_all(
     parts, buffers, desc, ptr, stride, row, column, valid, columns,
     COUNT: gl.constexpr, TRANSPOSED: gl.constexpr = False,
 ):  # fmt: skip
-    """`emit` COUNT chunks side by side (TRANSPOSED: below each other), each in its own buffer."""
-    tma.store_wait(0)
-    sync()
-    for j in gl.static_range(COUNT):
-        if TRANSPOSED:
-            buffers.index(j).permute((1, 0)).store(parts[j])
-        else:
-            buffers.index(j).store(parts[j])
-    fence_async_shared()
-    sync()
-    for j in gl.static_range(COUNT):
-        if TRANSPOSED:
-            below = j * CHUNK
-            leave(
-                buffers.index(j), desc, ptr, stride, row + below, column, valid - below, columns
-            )  # fmt: skip
-        else:
-            leave(buffers.index(j), desc, ptr, stride, row, column + j * CHUNK, valid, columns)
+    """`emit` COUNT chunks side by side (TRANSPOSED: below each other), a bufferful at a time."""
+    AT_ONCE: gl.constexpr = COUNT if COUNT < buffers.shape[0] else buffers.shape[0]
+    for first in gl.static_range(0, COUNT, AT_ONCE):
+        tma.store_wait(0)
+        sync()
+        for i in gl.static_range(AT_ONCE):
+            if TRANSPOSED:
+                buffers.index(i).permute((1, 0)).store(parts[first + i])
+            else:
+                buffers.index(i).store(parts[first + i])
+        fence_async_shared()
+        sync()
+        for i in gl.static_range(AT_ONCE):
+            at = (first + i) * CHUNK
+            if TRANSPOSED:
+                leave(buffers.index(i), desc, ptr, stride, row + at, column, valid - at, columns)
+            else:
+                leave(buffers.index(i), desc, ptr, stride, row, column + at, valid, columns)

@@ -154,7 +154,7 @@ def _consumer(
 def outer_kernel(
     a_ptr, token_ptr, b_desc, ends_ptr, out_desc, out_ptr, experts, M, N,
     group_m, EVEN_M: gl.constexpr, TRANSPOSED: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-    BK: gl.constexpr, STAGES: gl.constexpr,
+    BK: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr,
     PRODUCER_WARPS: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
 ):  # fmt: skip
     """out[e, m, n] = sum over rows s of expert e of a[token of s, m] * b[s, n].
@@ -164,8 +164,8 @@ def outer_kernel(
     dtype: gl.constexpr = out_ptr.dtype.element_ty
     a_smem = gl.allocate_shared_memory(dtype, [2 * STAGES, BK, HALF], b_desc.layout)
     b_smem = gl.allocate_shared_memory(dtype, [STAGES, BK, BN], b_desc.layout)
-    buffers0 = gl.allocate_shared_memory(dtype, [BN // CHUNK, HALF, CHUNK], out_desc.layout)
-    buffers1 = gl.allocate_shared_memory(dtype, [BN // CHUNK, HALF, CHUNK], out_desc.layout)
+    buffers0 = gl.allocate_shared_memory(dtype, [BUFFERS, HALF, CHUNK], out_desc.layout)
+    buffers1 = gl.allocate_shared_memory(dtype, [BUFFERS, HALF, CHUNK], out_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):

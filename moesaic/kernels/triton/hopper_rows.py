@@ -143,7 +143,8 @@ def _producer(
                 tma_load(h_desc, [row + HALF, gate], bar, a_smem.index(2 * stage + 1))
                 tma_load(h2_desc, [row, gate], bar, rest.index(0))
                 tma_load(h2_desc, [row + HALF, gate], bar, rest.index(1))
-                async_copy.mbarrier_arrive(bar, increment_count=False)
+                if GATHER:
+                    async_copy.mbarrier_arrive(bar, increment_count=False)
                 it += 1
         row, left, column_tile, expert = next_row, next_left, next_column_tile, next_expert
         next_row, next_left, next_column_tile = after_row, after_left, after_column_tile
@@ -317,8 +318,8 @@ def rows_kernel(
     count_ptr, N, K, b_rows, second, out_stride, out3_stride, group_m,
     EPILOGUE: gl.constexpr, GATHER: gl.constexpr, EVEN_K: gl.constexpr, B_KMAJOR: gl.constexpr,
     KEEP_H: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
-    ACTIVATION: gl.constexpr, PRODUCER_WARPS: gl.constexpr, CONSUMER_REGS: gl.constexpr,
-    PRODUCER_REGS: gl.constexpr,
+    BUFFERS: gl.constexpr, ACTIVATION: gl.constexpr, PRODUCER_WARPS: gl.constexpr,
+    CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
 ):  # fmt: skip
     """One of the four products along rows.
 
@@ -328,7 +329,6 @@ def rows_kernel(
     of each tile. N counts the columns of `out`; `second` is the distance of the up rows from the
     gate rows; `b_rows` the rows of B an expert has.
     """
-    PAIR: gl.constexpr = EPILOGUE == "swiglu"
     dtype: gl.constexpr = a_ptr.dtype.element_ty
     swizzled: gl.constexpr = b_desc.layout
     a_smem = gl.allocate_shared_memory(dtype, [2 * STAGES, HALF, BK], swizzled)
@@ -336,7 +336,6 @@ def rows_kernel(
         b_smem = gl.allocate_shared_memory(dtype, [STAGES, BN, BK], swizzled)
     else:
         b_smem = gl.allocate_shared_memory(dtype, [STAGES, BK, BN], swizzled)
-    BUFFERS: gl.constexpr = 2 if PAIR else (1 if EPILOGUE == "dact" else BN // CHUNK)
     buffers0 = gl.allocate_shared_memory(dtype, [BUFFERS, HALF, CHUNK], swizzled)
     buffers1 = gl.allocate_shared_memory(dtype, [BUFFERS, HALF, CHUNK], swizzled)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())

@@ -39,6 +39,8 @@ class Launch:
     """Steps of 64 that the ring of shared memory holds."""
     group_m: int = 8
     """Row tiles that walk over the same columns before the next columns are read."""
+    buffers: int = 4
+    """Chunks of 64 columns that a warpgroup gives away at once; `up` takes two."""
     persistent: bool = True
     """One program a multiprocessor that walks over tiles, or one program a tile."""
 
@@ -136,6 +138,7 @@ def _rows(
         launch.width,
         BK,
         launch.stages,
+        {"plain": launch.buffers, "swiglu": 2, "dact": 1}[epilogue],
         activation,
         *_warps(gather=gather),
     )
@@ -247,6 +250,7 @@ def outer(
         launch.width,
         BK,
         launch.stages,
+        launch.buffers,
         *_warps(gather=True),
     )
     return out
