@@ -1,7 +1,7 @@
 """What turning a dense model into a mixture costs, stage by stage.
 
-Counted in operations: matrix products, eigenvectors, bytes moved in memory and to disk. What only
-the text decides, such as the rounds until a split rests, is counted at its limit.
+Counted in operations: matrix products, Cholesky factors in float64, bytes moved in memory and to
+disk. What only the text decides, such as the rounds until a split rests, is counted at its limit.
 Notation: T calibration tokens, C tokens of a row, D hidden size, F neurons of a layer, E experts,
 A weights of a layer's attention, L layers.
 """
@@ -20,6 +20,10 @@ _ROUNDS = 10
 """Rounds of a split that alternates."""
 _STRENGTHS = 12
 """Ridge strengths that are tried."""
+_SPLIT_TOKENS = 65_536
+"""Tokens that a split and a router look at."""
+_RUNTIME = 2_500_000_000
+"""Bytes of host memory of Python, torch and CUDA's libraries."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +33,8 @@ class Stage:
     name: str
     products: float = 0.0
     """Operations of matrix products in float32."""
-    eigen: float = 0.0
-    """Operations of eigenvectors in float64."""
+    double: float = 0.0
+    """Operations in float64: factors and what is solved with them."""
     moved: float = 0.0
     written: float = 0.0
 
@@ -38,7 +42,7 @@ class Stage:
         """How long it takes."""
         return (
             self.products / machine.float32
-            + self.eigen / machine.eigen
+            + self.double / machine.double
             + self.moved / machine.memory_rate
             + self.written / machine.disk_rate
         )
@@ -72,6 +76,7 @@ class Construction:
     def stages(self) -> Iterator[Stage]:
         """Yield the work of every stage, all layers together."""
         T, D, F, E, L = self.tokens, self.hidden, self.width, self.experts, self.layers
+        few = min(T, _SPLIT_TOKENS)
         layer = (self.attention + 3 * D * F) * self.itemsize
         attend = 2 * T * self.attention + 2 * T * self.context * D
         # Two streams, what the dense model says and what the converted layers make of it; the
@@ -80,21 +85,24 @@ class Construction:
         yield Stage("run the text", L * (2 * attend + ffn), moved=L * (4 * layer + 6 * T * F * 4))
         if self.split_sees == "weights":
             yield Stage("split", L * _ROUNDS * 2 * F * E * 2 * D, moved=L * _ROUNDS * F * 2 * D * 4)
+        router = _Ridge(D + 1, E, 4)
         if self.split_sees == "text":
             # a round: energies of experts, a router for them, gains of neurons. Before it two
             # k-means on an eighth of the tokens, 20 rounds at most.
-            products = _ROUNDS * 4 * T * F * E + 2 * 20 * 4 * (T // 8) * F * E + 2 * T * D * D
-            moved = (_ROUNDS * 2 + 6) * T * F * 4
-            yield Stage("split", L * products, L * (_ROUNDS + 1) * 9 * D**3, L * moved)
+            products = _ROUNDS * 4 * few * F * E + 2 * 20 * 4 * (few // 8) * F * E + 2 * few * D * D
+            moved = (_ROUNDS * 2 + 6) * few * F * 4
+            double = router.factors + _ROUNDS * router.solutions
+            yield Stage("split", L * products, L * double, L * moved)
         if self.router_sees == "text":
-            yield Stage("router", L * 2 * T * D * D, L * 9 * D**3, L * 2 * T * F * 4)
+            double = router.factors + router.solutions
+            yield Stage("router", L * 2 * few * D * D, L * double, L * 2 * few * F * 4)
         if self.refit:
-            moments = 2 * T * F * F + 2 * T * F * D
-            trials = _STRENGTHS * 4 * F * F * D + 2 * F**3 / 3
-            yield Stage("refit", L * (moments + trials), L * 9 * F**3, L * 2 * T * F * 4)
+            ridge = _Ridge(F, D, _STRENGTHS)
+            moments = 2 * T * F * F + 2 * T * F * D + ridge.trials
+            yield Stage("refit", L * moments, L * ridge.double, L * 2 * T * F * 4)
         if self.attention_refit:  # on what the streams met anyway
-            fit = 2 * T * D * D * 2 + _STRENGTHS * 4 * D**3
-            yield Stage("attention refit", L * fit, L * 9 * D**3)
+            ridge = _Ridge(D, D, _STRENGTHS)
+            yield Stage("attention refit", L * (6 * T * D * D + ridge.trials), L * ridge.double)
         if self.refine is not None:
             passes, batch = self.refine
             trained = passes * T * 7 / 8
@@ -104,8 +112,8 @@ class Construction:
             # Adam reads and writes weights, gradients and two moments, and gradients are cleared
             steps = max(1, trained / min(batch, T))
             yield Stage("refine", L * trained_products, moved=L * steps * 3 * D * F * 4 * 8)
-        moved = 3 * self.total * 4
-        yield Stage("assemble and write", 0, 0, moved, self.total * self.itemsize)
+        written = self.total * self.itemsize
+        yield Stage("write", 0, 0, 3 * written, written)
 
     def convert(self) -> Stage:
         """The work of `moesaic convert` with the random split, which reads no text."""
@@ -113,41 +121,44 @@ class Construction:
         written = self.total * self.itemsize
         return Stage("convert", compare, moved=4 * written, written=written)
 
-    def memory(self) -> dict[str, dict[str, int]]:
-        """Bytes of host memory by part, at each of the moments that could be the worst."""
+    def memory(self, *, gpu: bool) -> dict[str, dict[str, int]]:
+        """Bytes by part, at each of the moments that could be the worst; `gpu` computes on one.
+
+        One layer is held at a time, whatever their number.
+        """
         T, D, F = self.tokens, self.hidden, self.width
+        few = min(T, _SPLIT_TOKENS)
+        one = self.attention + 3 * D * F
+        where = "GPU, " if gpu else ""
         layer = {
-            "finished layers": self.layers * self._finished() * 4,
-            "one layer in float32": (self.attention + 3 * D * F) * 4,
-            "hidden states of two streams": 6 * T * D * 4,
+            "two residual streams": 2 * T * D * 4,
+            "one layer in float32": one * 4,
+            "the layer's inputs and outputs": 5 * T * D * 4,
             "neurons": T * F * 4,
         }
+        waiting = 2 * one * self.itemsize
+        if not gpu:
+            layer["layers that are written"] = waiting
         at: dict[str, dict[str, int]] = {}
         if self.split_sees == "text":
-            at["split"] = {**layer, "energies and inputs": 3 * T * F * 4 + 2 * T * D * 4}
+            at["split"] = {**layer, "energies and inputs": 3 * few * F * 4 + 3 * few * D * 4}
         if self.router_sees == "text":
-            inputs = T * F * 4 + 2 * T * D * 4 + 4 * D * D * 8
-            at["router"] = {**layer, "energies, inputs, moments": inputs}
+            inputs = few * F * 4 + 3 * few * D * 4 + 10 * D * D * 8
+            at["router"] = {**layer, "energies, inputs, factors": inputs}
         if self.refit:
-            at["refit"] = {**layer, "moments and eigenvectors": 3 * F * F * 4 + 4 * F * F * 8}
+            gram = 3 * F * F * 4 + 3 * F * F * 8 + 3 * F * D * 8
+            at["refit"] = {**layer, "moments and a factor": gram}
         if self.refine is not None:
-            at["refine"] = {
-                **layer,
-                "weights, gradients, moments, targets": 15 * F * D * 4 + T * D * 4,
+            refined = 15 * F * D * 4 + 2 * T * D * 4
+            at["refine"] = {**layer, "weights, gradients, moments, targets": refined}
+        found = {f"{where}{stage}": parts for stage, parts in at.items()}
+        if gpu:
+            found["host"] = {
+                "Python, torch, CUDA": _RUNTIME,
+                "layers that are written": waiting,
+                "a layer or the embeddings as read": max(one, self.vocabulary * D) * self.itemsize,
             }
-        outside = self.layers * self.attention + 2 * self.vocabulary * D
-        at["assemble and write"] = {
-            "finished layers": layer["finished layers"],
-            "the mixture in float32": self.total * 4,
-            "what is taken over, in float32": outside * 4,
-        }
-        return at
-
-    def _finished(self) -> int:
-        """Numbers kept of a finished layer until the mixture is assembled."""
-        down = self.hidden * self.width
-        kept = (1 + self.refit) * down + self.attention_refit * self.hidden**2
-        return kept + (3 * down if self.refine is not None else 0)
+        return found
 
     def convert_memory(self) -> dict[str, int]:
         """Bytes of host memory of `moesaic convert` with the random split, by part."""
@@ -161,3 +172,33 @@ class Construction:
         """The same work on a model of one layer without embeddings, to be measured."""
         total = self.attention + 3 * self.hidden * self.width
         return replace(self, layers=1, total=total)
+
+
+@dataclass(frozen=True)
+class _Ridge:
+    """The operations of a ridge regression of P inputs and Q outputs, of which some strengths are
+    tried and one is solved again.
+    """
+
+    inputs: int
+    outputs: int
+    strengths: int
+
+    @property
+    def factors(self) -> float:
+        return (self.strengths + 1) * self.inputs**3 / 3
+
+    @property
+    def solutions(self) -> float:
+        # what the start leaves, and two triangles for every strength
+        return 2 * (self.strengths + 2) * self.inputs**2 * self.outputs
+
+    @property
+    def double(self) -> float:
+        """In float64."""
+        return self.factors + self.solutions
+
+    @property
+    def trials(self) -> float:
+        """In float32: the error on the tokens held back."""
+        return 2 * (self.strengths + 1) * self.inputs**2 * self.outputs

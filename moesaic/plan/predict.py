@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moesaic.construct.free.distil import Distillation
-from moesaic.construct.pipeline import Recipe
+from moesaic.construct.recipe import Recipe
 from moesaic.construct.routers import ROUTERS
 from moesaic.construct.scratch import InitConfig, empty_model, model_config
 from moesaic.construct.splits import SPLITS
@@ -213,7 +213,9 @@ def _construct(
         context=recipe.context,
     )
     running = mixture.running(batch=1, context=4096)
-    memory = {f"construct, {stage}": parts for stage, parts in work.memory().items()}
+    memory = {
+        f"construct, {moment}": parts for moment, parts in work.memory(gpu=machine.gpu).items()
+    }
     memory["convert --split random"] = work.convert_memory()
     memory["run, 1 x 4096 tokens"] = running
     converting = work.convert()
@@ -230,7 +232,7 @@ def _construct(
         machine=machine,
         notes=[
             f"{work.tokens:,} calibration tokens",
-            "construction runs on the CPU; the times of a GPU are those of the same operations",
+            "layers are made one by one: memory does not grow with their number",
         ],
         **_counts(mixture),
     )

@@ -153,6 +153,20 @@ def test_what_is_missing_is_said(dense, caplog):
     assert "layer 0 expert 2, layer 0 expert 3" in said  # never chosen, by name
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("refine", [None, "layerwise"])
+def test_a_gpu_makes_the_same_layers(dense, refine):
+    made = [
+        run(dense / "model", recipe(dense, device=device, refine=refine))
+        for device in ("cpu", "cuda")
+    ]
+    for one, other in zip(*(m.layers for m in made), strict=True):
+        errors = [layer.facts["output_error"] for layer in (one, other)]
+        assert errors[1] == pytest.approx(errors[0], rel=0.1)
+        assert other.facts["captured"] == pytest.approx(one.facts["captured"], abs=0.02)
+        assert other.router["weight"].device.type == "cpu"
+
+
 def test_the_command_prints_every_stage(dense, tmp_path):
     text = str(dense / "text.txt")
     sizes = ("--set", "experts=4", "--set", "tokens=1024", "--set", "context=32")
