@@ -149,10 +149,11 @@ def test_loss_and_every_gradient_equal_the_models_own(family, compile_, device, 
         fused, "_start_choose", lambda *a, **k: (calls.append(1), kernel(*a, **k))[1]
     )
     own = tiny(family, output_router_logits=not compile_).to(device)
-    own.set_experts_implementation("grouped_mm")
+    own.set_experts_implementation("eager")
     ours = copy.deepcopy(own)
     assert len(fuse_routers(ours).routers) == 2
     if compile_:
+        ours.set_experts_implementation("moesaic")
         ours.forward = torch.compile(ours.forward, fullgraph=True, backend="aot_eager")
     expected = _step(own, device)
     assert not calls
@@ -164,6 +165,10 @@ def test_loss_and_every_gradient_equal_the_models_own(family, compile_, device, 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "deepseek_v3"])
 def test_under_autocast_the_choice_is_the_models_own(family):
     own = tiny(family, layers=1, output_router_logits=False).cuda()
+    own.set_experts_implementation("eager")
+    for name, buffer in own.named_buffers():
+        if "correction_bias" in name:  # no equals among bfloat16 scores
+            buffer.copy_(torch.linspace(0.01, 0.02, len(buffer)))
     ours = copy.deepcopy(own)
     assert fuse_routers(ours).routers
     seen = []
@@ -173,13 +178,17 @@ def test_under_autocast_the_choice_is_the_models_own(family):
                 module.register_forward_hook(lambda m, i, o: seen.append(o))
         with torch.autocast("cuda", dtype=torch.bfloat16):
             model(input_ids=torch.arange(64, device="cuda")[None])
-    (_, *theirs), (_, *mine) = seen
+    (logits_TE, *theirs), (same_TE, *mine) = seen
+    assert torch.equal(logits_TE, same_TE)
     assert [t.dtype for t in mine] == [t.dtype for t in theirs]
-    order = [ids.argsort(1) for _, ids in (theirs, mine)]
-    assert torch.equal(theirs[1].gather(1, order[0]), mine[1].gather(1, order[1]))
-    torch.testing.assert_close(
-        theirs[0].gather(1, order[0]), mine[0].gather(1, order[1]), rtol=8e-3, atol=1e-6
-    )
+    # among equal logits the model's own choice is not determined
+    differ_T = (logits_TE.float().sort(1).values.diff(dim=1) > 0).all(1)
+    assert differ_T.sum() > 20
+    weights, ids = ([a[differ_T], b[differ_T]] for a, b in zip(theirs, mine, strict=True))
+    order = [i.argsort(1) for i in ids]
+    assert torch.equal(*(i.gather(1, o) for i, o in zip(ids, order, strict=True)))
+    weights = [w.gather(1, o) for w, o in zip(weights, order, strict=True)]
+    torch.testing.assert_close(*weights, rtol=8e-3, atol=1e-6)
 
 
 @pytest.mark.gpu
