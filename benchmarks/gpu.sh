@@ -3,6 +3,7 @@
 #   bash benchmarks/gpu.sh OUT [PART...]      parts: tests bench zipf decode step recording offload
 # On an H200 all parts take about 12 minutes, most of it compiling.
 set -uo pipefail
+export PYTHONUNBUFFERED=1
 out=$1
 shift
 parts=${*:-tests bench zipf decode step recording offload}
@@ -40,10 +41,12 @@ for name in $parts; do
       done
       ;;
     recording)
-      timeout 120 python3 -m benchmarks.recording --out "$out/recording" 2>&1 | tail -40
+      timeout 90 python3 -m benchmarks.recording --out "$out/recording" 2>&1 | tail -80
       ;;
     offload)
-      timeout 120 python3 -m benchmarks.offload --out "$out/offload" 2>&1 | tail -40
+      for section in offload watch exact; do
+        timeout 75 python3 -m benchmarks.offload --out "$out/$section" --part $section 2>&1 | tail -140
+      done
       ;;
   esac
 done

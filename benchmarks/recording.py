@@ -3,17 +3,21 @@
     python -m benchmarks.recording --out DIR [--preset mixtral-1b]
 
 A model of the preset's shape with random weights (bf16 on a GPU) and random token ids. Bare and
-recorded passes alternate; each is timed alone with the device idle before and after, the start and
-end of the recording included, tensors left where they are. Reported: medians, and the median over
-pairs of recorded / bare - 1. Then `moesaic.record` over the standard library's text against bare
-passes over batches of the same shape: tokens/s of the whole call but its start (the model is
-loaded, and two batches were run before), of the recording loop alone, and of the bare passes.
-Prints one JSON object, and writes it to DIR/recording.json.
+recorded passes alternate, every other pair the recorded one first; each is timed alone with the
+device idle before and after and Python's garbage collector off, the start and end of the recording
+included, tensors left where they are. Reported: medians, and the median over pairs of
+recorded / bare - 1.
+
+Then `moesaic.record` over the standard library's text against bare passes over batches of the same
+shape: tokens/s of the whole call (the model is loaded, and two batches were run before), of the
+recording loop alone, and of the bare passes; beside them how fast the text alone is read. Each part
+is printed as it is done, and all of them are written to DIR/recording.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import tempfile
@@ -28,11 +32,22 @@ import torch
 
 import moesaic
 from moesaic.construct.scratch import model_config, read_preset
+from moesaic.data.sources import open_domains
 from moesaic.kernels import NAME
 from moesaic.models.tokenizer import load_tokenizer
 from moesaic.routing import record as recorder
+from moesaic.routing.blocks import delimiters
+from moesaic.routing.reader import Text, ahead
 
 TOKENIZER = Path(moesaic.__file__).parent / "assets" / "demo-llama"
+
+
+def keep(result: dict[str, Any], path: Path, name: str, value: Any) -> None:
+    """Add one figure to the results, print it and write all that there are."""
+    result[name] = value
+    print(json.dumps({name: value}, indent=1), flush=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def build(preset: str, overrides: list[str], device: torch.device) -> Any:
@@ -69,13 +84,20 @@ def compare(
         with context():
             model(ids, use_cache=False)
 
-    bare, recorded = [], []
-    with torch.no_grad():
-        for context in (nullcontext, recording) * 3:
-            timed(lambda context=context: run(context), ids.device)
-        for _ in range(pairs):
-            bare.append(timed(lambda: run(nullcontext), ids.device))
-            recorded.append(timed(lambda: run(recording), ids.device))
+    contexts = (nullcontext, recording)
+    times: tuple[list[float], list[float]] = ([], [])
+    gc.collect()
+    gc.disable()  # as timeit does: whose turn it comes in is chance
+    try:
+        with torch.no_grad():
+            for which in (0, 1) * 10:  # warm up
+                timed(partial(run, contexts[which]), ids.device)
+            for pair in range(pairs):
+                for which in (0, 1) if pair % 2 == 0 else (1, 0):
+                    times[which].append(timed(partial(run, contexts[which]), ids.device))
+    finally:
+        gc.enable()
+    bare, recorded = times
     ratios = [b / a - 1 for a, b in zip(bare, recorded, strict=True)]
     return {
         "bare_ms": 1e3 * statistics.median(bare),
@@ -83,7 +105,23 @@ def compare(
         "cost_percent": 100 * statistics.median(ratios),
         "cost_percent_of_medians": 100
         * (statistics.median(recorded) / statistics.median(bare) - 1),
+        "cost_percent_of_quickest": 100 * (min(recorded) / min(bare) - 1),
     }
+
+
+def reading(tokens: int, length: int) -> dict[str, float]:
+    """Tokens/s of the text alone, in another process and in a thread."""
+    tokenizer, sources = load_tokenizer(TOKENIZER), open_domains("stdlib")
+    text = Text(sources, tokenizer, delimiters(tokenizer), tokens, length)
+    found = {}
+    for name, apart in (("in a process", True), ("in a thread", False)):
+        start = time.perf_counter()
+        with ahead(text, skip=0, apart=apart) as stream:
+            count = len(next(stream))
+            found[f"{name}, first_s"] = time.perf_counter() - start
+            count += sum(map(len, stream))
+        found[f"{name}, tokens_per_s"] = count / (time.perf_counter() - start)
+    return found
 
 
 def throughput(model: Any, tokens: int, length: int, batch: int) -> dict[str, Any]:
@@ -163,20 +201,20 @@ def main() -> None:
         "parameters": model.num_parameters(),
         "shape": list(ids.shape),
         "pairs": options.pairs,
-        "experts and weights": compare(
-            model, ids, lambda: moesaic.recording(model, logits=False), options.pairs
-        ),
-        "with logits": compare(model, ids, lambda: moesaic.recording(model), options.pairs),
-        # nothing is recorded: what the clock itself says
-        "nothing": compare(model, ids, nullcontext, options.pairs),
-        "route record": throughput(
-            model, options.tokens, options.sample_length, options.sample_batch
-        ),
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(result, indent=1)
-    (options.out / "recording.json").write_text(text + "\n")
-    print(text)
+    save = partial(keep, result, options.out / "recording.json")
+    recordings: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+        "experts and weights": lambda: moesaic.recording(model, logits=False),
+        "with logits": lambda: moesaic.recording(model),
+        "nothing": nullcontext,  # nothing is recorded: what the clock itself says
+    }
+    for what, recording in recordings.items():
+        save(what, compare(model, ids, recording, options.pairs))
+    save("reading", reading(options.tokens, options.sample_length))
+    save(
+        "route record",
+        throughput(model, options.tokens, options.sample_length, options.sample_batch),
+    )
 
 
 if __name__ == "__main__":

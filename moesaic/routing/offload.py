@@ -333,7 +333,10 @@ class Offload:
                     self._staging[layer.layout] = staging
             shelf = Shelf(live, banks, staging, lane, self._expert)
             self._shelves.append(shelf)
-            if live.resident_E.any():
+        for lane in self._lanes.values():
+            lane.finish()  # slots are zeroed by the computing stream: nothing travels before
+        for shelf in self._shelves:
+            if shelf.live.resident_E.any():
                 shelf.preload()
 
     def _finish(self) -> None:

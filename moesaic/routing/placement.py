@@ -114,9 +114,13 @@ def experts_to_host(stack: contextlib.ExitStack, layer: Layer) -> None:
     """Move a layer's experts to host memory, page-locked for a GPU; undone by `stack`."""
     for parameter in layer.host.values():
         before, given = parameter.data.device, parameter.data
-        data = given.cpu()
-        if layer.device.type == "cuda":
-            data = stack.enter_context(page_lock(data))
+        if layer.device.type != "cuda":
+            data = given.cpu()
+        elif before.type == "cpu":
+            data = stack.enter_context(page_lock(given))
+        else:  # locked first: a GPU writes into such memory ten times as fast
+            empty = torch.empty_like(given, device="cpu")
+            data = stack.enter_context(page_lock(empty)).copy_(given)
         if before.type == "cpu":
             stack.callback(setattr, parameter, "data", given)
         else:

@@ -85,7 +85,7 @@ class Bank:
         self.arrived: list[Any] = [None] * size
         """Event of each slot's copy, None once the computing stream waits for it."""
         self.read: Any = None
-        """Event of the last computation that read slots."""
+        """Event of the last computation that read slots, or wrote them."""
 
     @property
     def nbytes(self) -> int:
@@ -273,15 +273,15 @@ class Shelf:
                 self.loads += 1
             else:
                 bank.settle([slot], self.lane)
-                self._from_staging(key, staged, bank.slot(slot))
+                self._from_staging(key, staged, bank, slot)
 
-    def _from_staging(self, key: int, staged: int, to: list[torch.Tensor]) -> None:
+    def _from_staging(self, key: int, staged: int, to: Bank, slot: int) -> None:
         assert self.staging is not None
         source = self.staging.bank
         source.settle([staged], self.lane)
-        for target, tensor in zip(to, source.slot(staged), strict=True):
+        for target, tensor in zip(to.slot(slot), source.slot(staged), strict=True):
             target.copy_(tensor, non_blocking=True)
-        source.read = self.lane.mark()
+        source.read = to.read = self.lane.mark()
         source.keys[staged] = None
         del self.staging.where[key]
         if key in self.staging.guessed:
@@ -303,12 +303,18 @@ def page_lock(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
     In place where the system allows it: torch's own pinned memory grows to the next power of two.
     """
+    if tensor.is_pinned():
+        yield tensor
+        return
     if tensor.nbytes < _LOCKED_FROM or not tensor.is_contiguous():
         yield tensor.contiguous().pin_memory()
         return
     runtime: Any = torch.cuda.cudart()
     refused = int(runtime.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 1))
     if refused:
+        # CUDA keeps the error for whoever asks next, and that would be some kernel's launch
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device="cuda")
         yield tensor.pin_memory()
         return
     try:
