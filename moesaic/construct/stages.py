@@ -52,8 +52,8 @@ def held_out(directory: Path, dense: DenseModel, recipe: Recipe) -> dict[str, fl
     model = load(
         directory,
         dtype=torch.float32 if small else "auto",
-        # onto the GPU tensor by tensor: the host never holds the model
-        device_map={"": place} if place.type == "cuda" else None,
+        # onto the GPU tensor by tensor: the host does not hold a large model
+        device_map=None if small or place.type == "cpu" else {"": place},
     )
     return held_out_loss(
         model,
@@ -61,6 +61,7 @@ def held_out(directory: Path, dense: DenseModel, recipe: Recipe) -> dict[str, fl
         recipe.held_out,
         context=recipe.held_out_context,
         max_documents=recipe.held_out_documents,
+        device=place,
     )
 
 
