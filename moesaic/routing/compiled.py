@@ -6,8 +6,9 @@ numbers into arrays of its own; results do not depend on how many there are.
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -21,7 +22,7 @@ except ModuleNotFoundError as error:
         "Run: pip install 'moesaic[routing]'"
     ) from error
 
-__all__ = ["compiled", "spread", "threads"]
+__all__ = ["compiled", "spread", "spread_all", "threads"]
 
 T = TypeVar("T")
 
@@ -47,10 +48,21 @@ def spread(work: Callable[[int, int], T], count: int, *, multiple: int = 1) -> l
 
     Blocks start at a multiple of `multiple`.
     """
+    return spread_all([work], count, multiple=multiple)[0]
+
+
+def spread_all(
+    works: Sequence[Callable[[int, int], T]], count: int, *, multiple: int = 1
+) -> list[list[T]]:
+    """Do what `spread` does for several works at once: where blocks are few, cores are not idle."""
     blocks = -(-count // multiple)
-    used = min(threads(), blocks)
-    if used <= 1:
-        return [work(0, count)]
+    used = max(1, min(threads(), blocks))
     edges = [min(count, multiple * (blocks * i // used)) for i in range(used + 1)]
-    with ThreadPoolExecutor(used) as pool:
-        return list(pool.map(work, edges[:-1], edges[1:]))
+    tasks = [(work, *edge) for work in works for edge in itertools.pairwise(edges)]
+    workers = min(threads(), len(tasks))
+    if workers <= 1:
+        found = [work(start, stop) for work, start, stop in tasks]
+    else:
+        with ThreadPoolExecutor(workers) as pool:
+            found = list(pool.map(lambda task: task[0](*task[1:]), tasks))
+    return [found[i : i + used] for i in range(0, len(found), used)]

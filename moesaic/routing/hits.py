@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from moesaic.core.errors import UserError
 from moesaic.routing.bootstrap import as_weights, interval
 from moesaic.routing.caches import make_policy
-from moesaic.routing.compiled import spread
+from moesaic.routing.compiled import spread_all
 from moesaic.routing.metric import Metric
 from moesaic.routing.policy import Policy
 from moesaic.routing.requests import Scope, requests_of
@@ -26,12 +27,14 @@ from moesaic.routing.stacks import LANES
 __all__ = ["CacheHits", "HitFigures", "count_hits", "rates_of"]
 
 
-def count_hits(samples: Samples, policy: Policy, scope: Scope) -> NDArray[np.int32]:
-    """Count the requests of every sample that hit from each size on: int32 [N, G, E]."""
+def count_hits(
+    samples: Samples, policies: Sequence[Policy], scope: Scope
+) -> list[NDArray[np.int32]]:
+    """Count, for each policy, the requests that hit from each size on: int32 [N, G, E]."""
     groups = samples.layers if scope == "layer" else 1
     lanes = max(1, LANES // groups)  # samples that fill the lanes
 
-    def work(start: int, stop: int) -> NDArray[np.int32]:
+    def work(policy: Policy, start: int, stop: int) -> NDArray[np.int32]:
         # a few samples at a time: their requests take 4 bytes each
         parts = []
         for first in range(start, stop, 4 * lanes):
@@ -40,14 +43,16 @@ def count_hits(samples: Samples, policy: Policy, scope: Scope) -> NDArray[np.int
             parts.append(policy.first_sizes(requests_of(part, scope)))
         return np.concatenate(parts)
 
-    parts = spread(work, len(samples), multiple=lanes)
-    first_SE = np.concatenate(parts)
-    return first_SE.reshape(len(samples), groups, -1)
+    works = [partial(work, policy) for policy in policies]
+    return [
+        np.concatenate(parts).reshape(len(samples), groups, -1)
+        for parts in spread_all(works, len(samples), multiple=lanes)
+    ]
 
 
 def rates_of(samples: Samples, policy: Policy, scope: Scope) -> NDArray[np.float32]:
     """Return the hit rate of every sample, cache and size: float32 [N, G, E]."""
-    first_NGE = count_hits(samples, policy, scope)
+    (first_NGE,) = count_hits(samples, [policy], scope)
     if policy.by_expert:
         order_GE = _most_used(first_NGE.sum(axis=0, dtype=np.int64))
         first_NGE = np.take_along_axis(first_NGE, order_GE[None], axis=2)
@@ -119,8 +124,9 @@ class CacheHits(Metric):
                     "samples."
                 )
             drawn_BN = np.ascontiguousarray(weights_NB[rows_N].T, dtype=np.float64)
+        counted = count_hits(samples, list(self.policies.values()), self.scope)
         for place, (name, policy) in enumerate(self.policies.items()):
-            first_NGE = count_hits(samples, policy, self.scope)
+            first_NGE = counted[place]
             asked_NG = first_NGE.sum(axis=2, dtype=np.int64)
             if place == 0:
                 self.sums["samples"][domain] += (asked_NG > 0).sum(axis=0)
