@@ -138,6 +138,24 @@ class LayerStream:
             out_TD = torch.cat([module.mlp(part) for part in normed_TD.split(step)])
             hidden_BCD = self.finish(module, residual_TD, out_TD).view_as(hidden_BCD)
 
+    def norm_after(self, layer: int) -> torch.nn.Module:
+        """The norm that reads the stream after a layer: the next layer's, or the one at the end."""
+        from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+        norm = LlamaRMSNorm(self.dense.hidden, eps=self.config.rms_norm_eps)
+        return self._norm_weight(norm, layer)
+
+    def _norm_weight(self, norm: torch.nn.Module, layer: int) -> torch.nn.Module:
+        last = layer + 1 == self.dense.layers
+        part = "norm" if last else f"layers.{layer + 1}.input_layernorm"
+        weight = self.dense.read(f"{self.dense.prefix}{part}.weight").to(self.device).float()
+        norm.load_state_dict({"weight": weight}, assign=True)
+        return norm.requires_grad_(False)
+
+    def graphs(self) -> bool:
+        """Whether `block` does the same whatever the values, so that a CUDA graph can hold it."""
+        return self._rotary.rope_type in ("default", "linear", "llama3", "yarn")
+
     def output_norms(self, module: Any) -> bool:
         """Whether norms lie between what attention and feed-forward part give and the stream."""
         return hasattr(module, "post_feedforward_layernorm")

@@ -53,7 +53,7 @@ class FamilyStream(LayerStream):
         # soft-capping of scores is eager's alone; there the family asks for it itself
         capped = getattr(self.config, "attn_logit_softcapping", None) is not None
         self.config._attn_implementation = "eager" if capped else "sdpa"
-        self._layers = whole.layers  # on the meta device
+        self._layers, self._norm = whole.layers, whole.norm  # on the meta device
         empty = copy.deepcopy(self.config)
         empty.num_hidden_layers = 0
         if getattr(empty, "layer_types", None) is not None:
@@ -111,11 +111,23 @@ class FamilyStream(LayerStream):
         assert probe.x is not None
         return residual_BCD, probe.x
 
+    def norm_after(self, layer: int) -> nn.Module:
+        """The norm that reads the stream after a layer; nothing where the family has none there."""
+        if layer + 1 == self.dense.layers:
+            return self._norm_weight(copy.deepcopy(self._norm), layer)
+        norm = getattr(self._layers[layer + 1], "input_layernorm", None)
+        return nn.Identity() if norm is None else self._norm_weight(copy.deepcopy(norm), layer)
+
+    def graphs(self) -> bool:
+        """No: a family's own code may look at values."""
+        return False
+
     def _given(self, layer: int, rows_BCD: torch.Tensor) -> dict[str, Any]:
         """What the family's model hands to a layer for rows of this shape."""
         key = tuple(rows_BCD.shape[:2])
         if key not in self._seen:
-            with torch.no_grad():
+            # for gradients too: nothing kept may be of inference mode
+            with torch.inference_mode(False), torch.no_grad():
                 self._base(inputs_embeds=rows_BCD.detach(), use_cache=False)
             self._seen = {key: [witness.given for witness in self._base.layers]}
         return self._seen[key][layer]

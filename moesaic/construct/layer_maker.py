@@ -22,7 +22,8 @@ from moesaic.construct.activations import LayerStream
 from moesaic.construct.attention_refit import attend_both
 from moesaic.construct.choices import RouterChoice, SplitChoice
 from moesaic.construct.dense import DenseModel
-from moesaic.construct.free.distil import Distillation, ExpertWeights, distil
+from moesaic.construct.free.block import Fixed, RoutedBlock, dense_block
+from moesaic.construct.free.distil import Distillation, Target, distil
 from moesaic.construct.free.layer import ConvertedLayer
 from moesaic.construct.free.view import LayerView
 from moesaic.construct.method import LayerSplit
@@ -44,8 +45,8 @@ class LayerWeights:
     gate_PD: torch.Tensor
     up_PD: torch.Tensor
     down_PD: torch.Tensor
-    output_DP: torch.Tensor | None
-    """The attention's output projection, where it is not the dense model's."""
+    others: dict[str, torch.Tensor]
+    """Weights of attention and norms that are not the dense model's, by name in the layer."""
 
 
 @dataclass
@@ -129,33 +130,30 @@ class LayerMaker:
             made = self._divide(view, mlp.down_proj.bias)
             weights_TE = made.weights(x_TD)
         gate_PD, up_PD = view.gate_FD[made.order_P], view.up_FD[made.order_P]
-        last = LayerWeights(made.parts, made.router, gate_PD, up_PD, made.down_PD, None)
+        others = {} if seen.weight_DP is None else {_OUTPUT: seen.weight_DP}
+        last = LayerWeights(made.parts, made.router, gate_PD, up_PD, made.down_PD, {})
         stages = {"split": last}
         errors = {"split": made.error(view, weights_TE, own_TD, refitted=False)}
-        target_TD = own_TD
         if self.refit is not None:
             with self._timed("refit"):
-                target_TD = self._refit(self.refit, view, made, weights_TE, own_TD, full_TD)
-            assert made.refit_PD is not None
-            last = replace(last, down_PD=made.refit_PD, output_DP=seen.weight_DP)
-            stages["refit"] = last
+                refitted_PD = self._refit(self.refit, view, made, weights_TE, own_TD, full_TD)
+            last = stages["refit"] = replace(last, down_PD=refitted_PD, others=others)
             errors["refit"] = made.error(view, weights_TE, own_TD, refitted=True)
         del full_TD
+        last.others = others
+        made.judge(view, weights_TE, own_TD)
         if self.refine is None:
             out_TD = made.forward(neurons_TF, weights_TE, refitted=True)
+            self.moe_BCD = self.stream.finish(module, seen.residual_TD, out_TD).view(shape)
         else:
             with self._timed("refine"):
-                found, out_TD = self._distil(view, made, target_TD, self.refine)
-            gate_PD, up_PD, down_PD = (weight.flatten(0, 1) for weight in found.tensors()[:3])
-            router = {"weight": found.router_ED, "bias": found.bias_E}
-            last = LayerWeights(made.parts, router, gate_PD, up_PD, down_PD, seen.weight_DP)
+                last, moe_TD = self._distil(view, made, last, self.refine)
             stages["refine"] = last
             held_T = view.held_T
-            rest_TD = out_TD[held_T] - own_TD[held_T]
-            errors["refine"] = float(rest_TD.square().sum() / own_TD[held_T].square().sum())
-        last.output_DP = seen.weight_DP
-        made.judge(view, weights_TE, own_TD)
-        self.moe_BCD = self.stream.finish(module, seen.residual_TD, out_TD).view(shape)
+            whole_TD = self.stream.finish(module, seen.residual_TD[held_T], own_TD[held_T])
+            rest_TD, added_TD = whole_TD - moe_TD[held_T], whole_TD - seen.residual_TD[held_T]
+            errors["refine"] = float(rest_TD.square().sum() / added_TD.square().sum())
+            self.moe_BCD = moe_TD.view(shape)
         drift = (self.moe_BCD - self.dense_BCD).square_().sum()
         spread = (dense_TD - dense_TD.mean(0)).square_().sum()
         made.facts |= {
@@ -202,7 +200,7 @@ class LayerMaker:
         own_TD: torch.Tensor,
         full_TD: torch.Tensor,
     ) -> torch.Tensor:
-        """Put the new down projection into `made`; returns what the layer should give, [T, D]."""
+        """Put the new down projection, [P, D], into `made`, and return it."""
         bias_D = made.down_bias_D
         inputs = RefitInputs(
             view.layer,
@@ -215,54 +213,82 @@ class LayerMaker:
             made.facts,
         )
         made.refit_PD = refit.solve(inputs).to(self.dtype).float()
-        target_TD = refit.target(inputs)
-        return target_TD if bias_D is None else target_TD + bias_D
+        return made.refit_PD
 
     def _distil(
-        self,
-        view: LayerView,
-        made: ConvertedLayer,
-        target_TD: torch.Tensor,
-        settings: Distillation,
-    ) -> tuple[ExpertWeights, torch.Tensor]:
-        """The refined experts and router, and what the layer then gives, [T, D]."""
-        down_PD = made.down_PD if made.refit_PD is None else made.refit_PD
+        self, view: LayerView, made: ConvertedLayer, start: LayerWeights, settings: Distillation
+    ) -> tuple[LayerWeights, torch.Tensor]:
+        """The refined layer, and the residual stream after it, [T, D].
+
+        The feed-forward input is read again from the converted stream, as attention changes too.
+        """
         sizes = {len(ids) for ids in made.parts.experts}
         if len(sizes) > 1:
             raise UserError(
                 f"The experts of layer {view.layer} hold {min(sizes)} to {max(sizes)} neurons; "
                 "refine: layerwise needs experts of one width. Use refine: null, or another split."
             )
-        if "weight" not in made.router:
+        if "weight" not in start.router:
             raise UserError(
                 "refine: layerwise distils a router of one matrix. Use refine: null, or another "
                 "router, such as energy."
             )
-        ids_EI = made.order_P.view(len(made.parts.experts), sizes.pop())
-        offset = 0.0 if made.down_bias_D is None else made.down_bias_D
-        router = made.router
+        settings = settings.on(self.stream.device)
         with torch.inference_mode(False), torch.enable_grad():
-            start = ExpertWeights(
-                view.gate_FD[ids_EI].clone(),
-                view.up_FD[ids_EI].clone(),
-                down_PD.view(*ids_EI.shape, -1).clone(),
-                router["weight"].clone(),
-                router.get("bias", down_PD.new_zeros(len(ids_EI))).clone(),
-                view.activation,
-                None if view.gate_bias_F is None else view.gate_bias_F[ids_EI].clone(),
-                None if view.up_bias_F is None else view.up_bias_F[ids_EI].clone(),
-            )
-            found, made.facts["refine"] = distil(
-                start,
-                view.x_TD.clone(),
-                target_TD - offset,
-                view.held_T.clone(),
-                top_k=self.selects,
+            block = self._block(view, made, start)
+            made.facts["refine"] = distil(
+                block,
+                self.moe_BCD,
+                self._targets(view.layer, settings.ahead),
                 settings=settings,
                 seed=self.recipe.seed + view.layer,
+                graph=self.stream.graphs(),
             )
-        found = found.with_tensors([w.to(self.dtype).float() for w in found.tensors()])
-        return found, _in_parts(lambda x: found.forward(x, self.selects) + offset, view.x_TD)
+        block.requires_grad_(False)
+        name = f"{self.dense.prefix}layers.{view.layer}."
+        for part, weight in block.named_parameters():
+            inner = part.removeprefix("layer.")
+            kept = self.dtype if inner == part else self.dense.checkpoint.dtype(name + inner)
+            weight.copy_(weight.to(kept))
+        found = LayerWeights(
+            start.parts,
+            {"weight": block.router_ED, "bias": block.bias_E},
+            block.gate_PD,
+            block.up_PD,
+            block.down_PD,
+            dict(block.layer.named_parameters()),
+        )
+        return found, _in_parts(block, self.moe_BCD).flatten(0, 1)
+
+    def _block(self, view: LayerView, made: ConvertedLayer, start: LayerWeights) -> RoutedBlock:
+        layer: Any = self.stream.load(view.layer)
+        changed = {part: weight.clone() for part, weight in start.others.items()}
+        layer.load_state_dict(changed, strict=False, assign=True)
+        gate_P, up_P = (
+            None if bias_F is None else bias_F[made.order_P].clone()
+            for bias_F in (view.gate_bias_F, view.up_bias_F)
+        )
+        bias_D = None if made.down_bias_D is None else made.down_bias_D.clone()
+        fixed = Fixed(self.selects, view.activation, gate_P, up_P, bias_D)
+        return RoutedBlock(
+            self.stream,
+            layer,
+            fixed,
+            gate_PD=start.gate_PD,
+            up_PD=start.up_PD,
+            down_PD=start.down_PD,
+            router=start.router,
+        )
+
+    def _targets(self, layer: int, ahead: int) -> list[Target]:
+        """The dense model's streams after a layer and after those ahead of it."""
+        found = [Target(self.dense_BCD, self.stream.norm_after(layer))]
+        for later in range(layer + 1, min(layer + ahead + 1, self.dense.layers)):
+            lead = dense_block(self.stream, self.stream.load(later))
+            with torch.no_grad():
+                stream_BCD = _in_parts(lead, found[-1].stream_BCD)
+            found.append(Target(stream_BCD, self.stream.norm_after(later), lead))
+        return found
 
     def _rounded(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: tensor.to(self.dtype).float() for name, tensor in tensors.items()}
@@ -276,16 +302,18 @@ class LayerMaker:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
 
 
-def _in_parts(function: Callable[[torch.Tensor], torch.Tensor], x_TD: torch.Tensor) -> torch.Tensor:
-    """Apply a function to a few thousand tokens at a time."""
+def _in_parts(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """Apply a function to a few thousand tokens of [T, D] or [B, C, D] at a time."""
     made: torch.Tensor | None = None
-    for start in range(0, len(x_TD), _PART):
-        part = function(x_TD[start : start + _PART])
+    step = _PART if x.ndim == 2 else max(1, _PART // x.shape[1])
+    for start in range(0, len(x), step):
+        part = function(x[start : start + step])
         if made is None:
-            made = part.new_empty(len(x_TD), part.shape[1])
-        made[start : start + _PART] = part
+            made = part.new_empty(len(x), *part.shape[1:])
+        made[start : start + step] = part
     assert made is not None
     return made
 
 
 _PART = 8192
+_OUTPUT = "self_attn.o_proj.weight"

@@ -63,10 +63,9 @@ class MixtureWriter:
         blueprint.router.layers[index] = _on_cpu(weights.router)
         taken = dense.others(index)
         tensors = {blueprint.renamed(name): dense.read(name) for name in taken}
-        if weights.output_DP is not None:
-            name = f"{dense.prefix}layers.{index}.self_attn.o_proj.weight"
-            dtype = dense.checkpoint.dtype(name)
-            tensors[blueprint.renamed(name)] = weights.output_DP.to(dtype).cpu()
+        for part, weight in weights.others.items():
+            name = f"{dense.prefix}layers.{index}.{part}"
+            tensors[blueprint.renamed(name)] = weight.to(dense.checkpoint.dtype(name)).cpu()
         sizes = [len(ids) for ids in blueprint.every(index)]
         dtypes = [dense.checkpoint.dtype(name) for name in dense.ffn(index)]
         gates, ups, downs = (

@@ -46,9 +46,5 @@ class Refit(Config):
         return type(self).__module__.rpartition(".")[2].replace("_", "-")
 
     @abstractmethod
-    def target(self, inputs: RefitInputs) -> torch.Tensor:
-        """What the layer should give: [T, D]."""
-
-    @abstractmethod
     def solve(self, inputs: RefitInputs) -> torch.Tensor:
         """The new down projection, [P, D]."""

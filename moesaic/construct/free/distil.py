@@ -1,166 +1,210 @@
-"""Layer-wise distillation: experts and router of one layer follow the dense layer's output.
+"""Layer-wise distillation: one converted layer at a time follows the dense model's residual stream.
 
-No gradient leaves a layer, so nothing is trained end to end. The choice of experts is a step; its
-gradient is taken straight through the router's softmax.
-Notation: T tokens, D hidden size, E routed experts, I neurons of an expert, K chosen experts.
+Attention, norms, experts and router of the layer are trained so that the stream after it, and the
+stream after a few frozen dense layers behind it, are the dense model's as the norm that reads each
+of them shows it. No gradient reaches another converted layer: nothing is trained end to end.
+Notation: B rows, C tokens a row, D hidden size, J places where streams are compared.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from pydantic import Field
-from torch.nn import functional
 
+from moesaic.construct.free.block import RoutedBlock
 from moesaic.core.config import Config
 from moesaic.core.errors import UserError
 
-__all__ = ["Distillation", "ExpertWeights", "distil"]
+__all__ = ["Distillation", "Target", "distil"]
 
 
 class Distillation(Config):
-    """Settings of `refine: layerwise`."""
+    """Settings of `refine: layerwise`; on a CPU, `passes`, `ahead` and `batch` are 2, 0 and 2048
+    where they are not given.
+    """
 
-    passes: float = Field(default=3.0, gt=0)
+    passes: float = Field(default=12.0, gt=0)
     """Passes over the calibration tokens."""
-    batch: int = Field(default=4096, ge=1)
-    """Tokens of a step."""
+    ahead: int = Field(default=1, ge=0)
+    """Frozen dense layers behind the layer, whose outputs are compared as well."""
+    batch: int = Field(default=8192, ge=1)
+    """Tokens of a step, in whole rows of text."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """Highest rate of Adam; warms up over a twentieth of the steps and falls as a cosine."""
-    router_rate: float = Field(default=1e-3, gt=0)
-    """The router's rate."""
+
+    def on(self, device: torch.device) -> Distillation:
+        """The settings on a device."""
+        if device.type != "cpu":
+            return self
+        rest = {k: v for k, v in _ON_CPU.items() if k not in self.model_fields_set}
+        return self.model_copy(update=rest)
 
 
-_LEARNED = ("gate_EID", "up_EID", "down_EID", "router_ED", "bias_E")
+_ON_CPU = {"passes": 2.0, "ahead": 0, "batch": 2048}
 
 
-@dataclass
-class ExpertWeights:
-    """The weights of one layer's routed experts and of their linear router."""
+@dataclass(frozen=True)
+class Target:
+    """The dense model's stream at one place, what leads there, and the norm that reads it."""
 
-    gate_EID: torch.Tensor
-    up_EID: torch.Tensor
-    down_EID: torch.Tensor
-    """Row i of expert e is its neuron's column of W_down."""
-    router_ED: torch.Tensor
-    bias_E: torch.Tensor
-    activation: Callable[[torch.Tensor], torch.Tensor] = functional.silu
-    """What follows the gate rows."""
-    gate_bias_EI: torch.Tensor | None = None
-    """The dense model's biases, where it has them, stay as they are."""
-    up_bias_EI: torch.Tensor | None = None
-
-    def tensors(self) -> list[torch.Tensor]:
-        """What is learned, experts first."""
-        return [self.gate_EID, self.up_EID, self.down_EID, self.router_ED, self.bias_E]
-
-    def with_tensors(self, tensors: list[torch.Tensor]) -> ExpertWeights:
-        """The same layer with other learned weights, in the order of `tensors`."""
-        changed: dict[str, Any] = dict(zip(_LEARNED, tensors, strict=True))
-        return replace(self, **changed)
-
-    def choose(self, x_TD: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Chosen experts [T, K] and their softmax shares [T, K]."""
-        shares_TE = (x_TD @ self.router_ED.T + self.bias_E).softmax(1)
-        shares_TK, ids_TK = shares_TE.topk(top_k, dim=1)
-        return ids_TK, shares_TK
-
-    def forward(self, x_TD: torch.Tensor, top_k: int) -> torch.Tensor:
-        """Sum of the chosen experts, weight 1 each; the router's gradient straight through."""
-        ids_TK, shares_TK = self.choose(x_TD, top_k)
-        weights_TK = 1 + (shares_TK - shares_TK.detach())
-        flat_N = ids_TK.flatten()
-        order_N = flat_N.argsort(stable=True)
-        token_N = order_N // top_k
-        counts = torch.bincount(flat_N, minlength=len(self.gate_EID)).tolist()
-        parts = []
-        for expert, rows_ND in enumerate(x_TD[token_N].split(counts)):
-            gate_I = None if self.gate_bias_EI is None else self.gate_bias_EI[expert]
-            up_I = None if self.up_bias_EI is None else self.up_bias_EI[expert]
-            h_NI = self.activation(functional.linear(rows_ND, self.gate_EID[expert], gate_I))
-            h_NI = h_NI * functional.linear(rows_ND, self.up_EID[expert], up_I)
-            parts.append(h_NI @ self.down_EID[expert])
-        out_ND = torch.cat(parts) * weights_TK.flatten()[order_N, None]
-        return torch.zeros_like(x_TD).index_add(0, token_N, out_ND)
+    stream_BCD: torch.Tensor
+    norm: Callable[[torch.Tensor], torch.Tensor]
+    lead: Callable[[torch.Tensor], torch.Tensor] | None = None
+    """The frozen layer between the place before and this one; None for the first place."""
 
 
 def distil(
-    start: ExpertWeights,
-    x_TD: torch.Tensor,
-    target_TD: torch.Tensor,
-    held_T: torch.Tensor,
+    block: RoutedBlock,
+    rows_BCD: torch.Tensor,
+    targets: Sequence[Target],
     *,
-    top_k: int,
     settings: Distillation,
     seed: int,
-) -> tuple[ExpertWeights, dict[str, float]]:
-    """Return weights whose layer is nearer to `target_TD`, and the squares missed before and after.
+    graph: bool = False,
+) -> dict[str, float]:
+    """Train `block` on the rows; returns the squares missed before and after, on rows held back.
 
-    The share of the target's squares that is missed is measured on the tokens held back; when it
-    does not fall, the start is returned. Raises UserError when the loss is not finite.
+    They are a share of the squares of the normed dense streams, mean of the places. Where the share
+    does not fall, the block stays as it was. `graph` replays one captured step on a GPU. Raises
+    UserError when the loss is not finite.
     """
-    train_N = torch.nonzero(~held_T).flatten()
-    held_N = torch.nonzero(held_T).flatten()
-    before = _missed(start, x_TD, target_TD, held_N, top_k)
-    made = start.with_tensors([w.detach().clone().requires_grad_() for w in start.tensors()])
-    *experts, router, bias = made.tensors()
-    optimizer = torch.optim.Adam(
-        [
-            {"params": experts, "lr": settings.learning_rate},
-            {"params": [router, bias], "lr": settings.router_rate},
-        ],
-        betas=(0.9, 0.98),
-    )
-    size = min(settings.batch, len(train_N))
+    held_B = _held_rows(len(rows_BCD)).to(rows_BCD.device)
+    held_N, train_N = (torch.nonzero(part).flatten() for part in (held_B, ~held_B))
+    if not len(train_N):
+        train_N = held_N
+    with torch.no_grad():
+        sizes = [_square(target) for target in targets]
+    size = max(1, min(settings.batch // rows_BCD.shape[1], len(train_N)))
+
+    def loss(some_B: torch.Tensor) -> torch.Tensor:
+        y_BCD, total = block(rows_BCD.index_select(0, some_B)), rows_BCD.new_zeros(())
+        for target, square in zip(targets, sizes, strict=True):
+            y_BCD = y_BCD if target.lead is None else target.lead(y_BCD)
+            wanted_BCD = target.norm(target.stream_BCD.index_select(0, some_B))
+            total = total + (target.norm(y_BCD) - wanted_BCD).square().mean() / square
+        return total / len(targets)
+
+    @torch.no_grad()
+    def missed() -> float:
+        parts = held_N.split(size)
+        return sum(float(loss(part)) * len(part) for part in parts) / len(held_N)
+
+    before = missed()
+    start = {name: weight.detach().clone() for name, weight in block.named_parameters()}
     steps = max(1, math.ceil(settings.passes * len(train_N) / size))
-    warm = max(1, steps // 20)
-
-    def rate(step: int) -> float:
-        if step < warm:
-            return (step + 1) / warm
-        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    generator = torch.Generator().manual_seed(seed)
-    scale = float(target_TD.square().mean()) + 1e-30
-    order: list[torch.Tensor] = []
-    for _ in range(steps):
-        if not order:
-            mixed_N = torch.randperm(len(train_N), generator=generator).to(train_N.device)
-            order = list(train_N[mixed_N].split(size))
-        rows = order.pop()
-        loss = (made.forward(x_TD[rows], top_k) - target_TD[rows]).square().mean() / scale
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    if not math.isfinite(float(loss.detach())):
+    with _faster_products():
+        stepper = _Stepper(block, loss, train_N[:size].clone(), settings.learning_rate, graph)
+        generator = torch.Generator().manual_seed(seed)
+        order: list[torch.Tensor] = []
+        for step in range(steps):
+            if not order:
+                mixed_N = torch.randperm(len(train_N), generator=generator).to(train_N.device)
+                order = [part for part in train_N[mixed_N].split(size) if len(part) == size]
+            stepper.step(order.pop(), _rate(step, steps))
+    after = missed()
+    if not math.isfinite(after):
         raise UserError(
             f"The layer-wise distillation diverged at learning_rate={settings.learning_rate}. "
             "Lower it."
         )
-    found = made.with_tensors([w.detach() for w in made.tensors()])
-    after = _missed(found, x_TD, target_TD, held_N, top_k)
     if after >= before:
-        return start, {"missed_before": before, "missed_after": before}
-    return found, {"missed_before": before, "missed_after": after}
+        block.load_state_dict(start)
+    return {"missed_before": before, "missed_after": min(before, after)}
 
 
-@torch.no_grad()
-def _missed(
-    weights: ExpertWeights,
-    x_TD: torch.Tensor,
-    target_TD: torch.Tensor,
-    held_N: torch.Tensor,
-    top_k: int,
-) -> float:
-    missed = total = 0.0
-    for rows in held_N.split(8192):
-        y_TD = target_TD[rows]
-        missed += float((weights.forward(x_TD[rows], top_k) - y_TD).square().sum())
-        total += float(y_TD.square().sum())
-    return missed / max(total, 1e-30)
+class _Stepper:
+    """Steps of Adam on batches of one size; on a GPU one captured step that is replayed."""
+
+    def __init__(
+        self,
+        block: RoutedBlock,
+        loss: Callable[[torch.Tensor], torch.Tensor],
+        example_B: torch.Tensor,
+        learning_rate: float,
+        graph: bool,
+    ) -> None:
+        self._loss, self._some_B, self._peak = loss, example_B, learning_rate
+        self._rate = torch.tensor(learning_rate, device=example_B.device)
+        on_gpu = example_B.is_cuda
+        self._optimizer = torch.optim.Adam(
+            block.parameters(),
+            lr=self._rate if on_gpu else learning_rate,
+            betas=(0.9, 0.98),
+            eps=1e-10,  # the loss is a share: gradients are small
+            capturable=on_gpu,
+            fused=True,
+        )
+        self._graph: torch.cuda.CUDAGraph | None = None
+        if graph and on_gpu:
+            self._capture(block)
+
+    def step(self, some_B: torch.Tensor, rate: float) -> None:
+        """One step on these rows, at a share of the highest rate."""
+        self._some_B.copy_(some_B)
+        self._rate.fill_(self._peak * rate)
+        if self._graph is not None:
+            self._graph.replay()
+            return
+        if not some_B.is_cuda:
+            self._optimizer.param_groups[0]["lr"] = self._peak * rate
+        self._once()
+
+    def _once(self) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
+        self._loss(self._some_B).backward()
+        self._optimizer.step()
+
+    def _capture(self, block: RoutedBlock) -> None:
+        start = [weight.detach().clone() for weight in block.parameters()]
+        side = torch.cuda.Stream(self._some_B.device)
+        side.wait_stream(torch.cuda.current_stream(self._some_B.device))
+        with torch.cuda.stream(side):
+            for _ in range(3):  # kernels are chosen and the moments made
+                self._once()
+        torch.cuda.current_stream(self._some_B.device).wait_stream(side)
+        with torch.no_grad():
+            for weight, saved in zip(block.parameters(), start, strict=True):
+                weight.copy_(saved)
+            for state in self._optimizer.state.values():
+                for moment in state.values():
+                    moment.zero_()
+        self._graph = torch.cuda.CUDAGraph()
+        self._optimizer.zero_grad(set_to_none=True)
+        with torch.cuda.graph(self._graph):
+            self._loss(self._some_B).backward()
+            self._optimizer.step()
+
+
+@contextlib.contextmanager
+def _faster_products() -> Iterator[None]:
+    """TF32 products, which gradient steps do not suffer from; what is measured stays float32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _held_rows(rows: int) -> torch.Tensor:
+    """Every eighth row, or the last of fewer: bool [B]."""
+    place_B = torch.arange(rows)
+    return place_B % 8 == 7 if rows >= 8 else place_B == rows - 1
+
+
+def _square(target: Target) -> float:
+    """Mean square of the normed dense stream."""
+    parts = [target.norm(part) for part in target.stream_BCD.split(16)]
+    return sum(float(part.square().sum()) for part in parts) / target.stream_BCD.numel() + 1e-30
+
+
+def _rate(step: int, steps: int) -> float:
+    warm = max(1, steps // 20)
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))

@@ -30,13 +30,9 @@ class Down(Refit):
     strengths: tuple[float, ...] = STRENGTHS
     """Ridge strengths tried, in units of the mean square of a neuron."""
 
-    def target(self, inputs: RefitInputs) -> torch.Tensor:
-        """What the layer should give: [T, D]."""
-        return torch.lerp(inputs.own_TD, inputs.full_TD, self.blend)
-
     def solve(self, inputs: RefitInputs) -> torch.Tensor:
         """The new down projection, [P, D]."""
-        target_TD = self.target(inputs)
+        target_TD = torch.lerp(inputs.own_TD, inputs.full_TD, self.blend)
         neurons, hidden = inputs.down_PD.shape
         if inputs.tokens < ENOUGH * neurons and inputs.layer == 0:
             note(
