@@ -1,31 +1,41 @@
-"""Mixtures made without training, beside the published constructions: benchmarks/construction.md.
+"""Mixtures made without training and trained on, beside the published constructions.
 
-    python benchmarks/construction.py --only energy layerwise --top-k 2 4 -o runs/construction
+    python -m benchmarks.construction -o runs/construction            # everything, on a GPU
+    python -m benchmarks.construction -o runs/construction --table    # benchmarks/construction.md
 
-One row a run is appended to OUT/rows.jsonl; rows that are there are not run again. `--table` prints
-the table of what is there. `--documents` reads the first documents of each held-out domain only.
+A dense model is converted by every method, and most conversions are trained on at equal budgets.
+The learning rate of a method and a number of active experts is the one of lowest loss on training
+text that was kept back ("dev"): rates of `GRID`, each run for the first budget, further ones while
+the best lies at an end. The second budget takes that rate; before the longest one, the rates next
+to it are tried at the second budget, since long runs want others than short ones.
+
+One row a run is appended to OUT/rows.jsonl; rows that are there, or in `--rows`, are not run again
+when they were made with the same recipe and settings. The runs that matter most come first;
+`--deadline` ends the program by itself. Several workers share a GPU, each with one run; with
+several GPUs they take turns.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-import torch
+from benchmarks.construction_jobs import DENSE, SCRATCH, Bench, Settings, as_dict, work
 
 ROOT = Path("/work/shared")
-DOMAINS = ["arxiv", "books", "c4", "commoncrawl", "github", "simple_english"]
-DOMAINS += ["stackexchange", "wikipedia"]
 OURS: dict[str, Any] = {"refit": {"method": "down", "blend": 0.75}, "attention": 1.0}
 PLAIN: dict[str, Any] = {"refit": None, "attention": None}
 GSP = {"method": "gradient-plus", "tokens": 32_768}
 V2 = {"method": "softmax", "scale": "auto"}
-DENSE: dict[str, Any] = {}
-"""The dense model's losses, measured once a process."""
 METHODS: dict[str, dict[str, Any]] = {
     "v1 random": {"split": "random", "router": "random", "weighting": "softmax", **PLAIN},
     "v1 cluster": {"split": "cluster", "router": "random", "weighting": "softmax", **PLAIN},
@@ -53,111 +63,439 @@ METHODS: dict[str, dict[str, Any]] = {
     "energy": OURS,
     "layerwise": {"refine": "layerwise", **OURS},
 }
+ABLATIONS = ["energy, down refit, own target", "energy, down refit", "energy, no loop"]
+"""Converted and measured, but neither trained on nor among the best."""
+PUBLISHED = ["v1 random", "v1 cluster", "v2 GSP", "v2 residual", "cmoe", "expertweaver"]
+GRID = (3e-4, 1e-3, 3e-3)
+LADDER = (1e-5, 3e-5, 1e-4, *GRID, 1e-2, 3e-2)
+"""Where the grid goes on while its best rate lies at an end."""
+Job = dict[str, Any]
+_KEY = ("kind", "method", "experts", "top_k", "seed", "budget", "lr")
+
+
+def key(row: Job) -> tuple[Any, ...]:
+    """What tells a run from others."""
+    return tuple(row.get(name) for name in _KEY)
+
+
+@dataclass
+class Plan:
+    """Which runs are wanted, given the rows that are there; asked again after every run."""
+
+    methods: list[str]
+    budgets: list[int]
+    actives: list[int]
+    seeds: list[int]
+    best: int = 3
+    """Methods that are also made with more experts and trained longest."""
+    experts: int = 8
+    finer: tuple[int, ...] = (16, 32)
+    grid: tuple[float, ...] = GRID
+    rows: dict[tuple[Any, ...], Job] = field(default_factory=dict)
+    dropped: set[tuple[str, int]] = field(default_factory=set)
+    """Methods and numbers of active experts of which a run failed."""
+
+    def __post_init__(self) -> None:
+        self._tried: dict[tuple[str, int, int], dict[float, Job]] = {}
+
+    def recipe(self, method: str, top_k: int, experts: int) -> dict[str, Any]:
+        """The construction recipe of a method at a size."""
+        if method == DENSE:
+            return {}
+        # From random weights only the shape matters: LLaMA-MoE's, and little text.
+        given = METHODS["v1 random"] | {"tokens": 16_384} if method == SCRATCH else METHODS[method]
+        recipe = dict(given)
+        if recipe.get("shared") == "half":
+            recipe["shared"] = top_k // 2
+        elif "shared" in recipe:  # the same share of neurons
+            recipe["shared"] *= experts // self.experts
+        return recipe
+
+    def job(self, kind: str, method: str, top_k: int, seed: int, experts: int = 0) -> Job:
+        experts = experts or self.experts
+        if method == DENSE:
+            top_k, experts = self.experts, self.experts
+            seed = 0 if kind == "convert" else seed
+        recipe = self.recipe(method, top_k, experts)
+        found = {"kind": kind, "method": method, "experts": experts, "top_k": top_k}
+        return found | {"seed": seed, "recipe": recipe}
+
+    def add(self, row: Job) -> None:
+        self.rows[key(row)] = row
+        if row["kind"] == "train" and row["seed"] == self.seeds[0]:
+            group = self._tried.setdefault((row["method"], row["top_k"], row["budget"]), {})
+            group[row["lr"]] = row
+
+    def has(self, job: Job) -> bool:
+        return key(job) in self.rows
+
+    # Conversions
+
+    def conversions(self) -> Iterator[Job]:
+        """Every conversion of the table, the most wanted first."""
+        first, rest = self.seeds[0], self.seeds[1:]
+        main = [k for k in (2, 4) if k in self.actives]
+        others = [k for k in self.actives if k not in main]
+        yield self.job("convert", DENSE, 0, first)
+        for top_k in main:
+            yield from (self.job("convert", m, top_k, first) for m in self.methods)
+        for seed in rest:
+            for top_k in main:
+                yield from (self.job("convert", m, top_k, seed) for m in self.methods)
+        for seed in self.seeds:
+            for top_k in others:
+                yield from (self.job("convert", m, top_k, seed) for m in self.methods)
+        best = self.ranked("convert")[: self.best]
+        for seed in self.seeds:
+            for top_k in [*main, *others]:
+                for experts in self.finer:
+                    wide = top_k * experts // self.experts
+                    yield from (self.job("convert", m, wide, seed, experts) for m in best)
+
+    # Training on
+
+    def trainings(self) -> Iterator[Job]:
+        """Every training run whose rate is known already, the most wanted first."""
+        if not self.budgets:
+            return
+        first, seed = self.budgets[0], self.seeds[0]
+        starts = [*self.trained(), SCRATCH]
+        sizes = [(DENSE, self.experts)]
+        sizes += [(m, k) for k in self.actives if k in (2, 4) for m in starts]
+        sizes = [size for size in sizes if size not in self.dropped]
+        for lr in self.grid:
+            yield from (self.run(m, k, seed, first, lr) for m, k in sizes)
+        for method, top_k in sizes:
+            more = self.beyond(method, top_k)
+            if more is not None:
+                yield self.run(method, top_k, seed, first, more)
+        for budget in self.budgets[1:2]:
+            for method, top_k in sizes:
+                if (rate := self.rate(method, top_k, first)) is not None:
+                    yield self.run(method, top_k, seed, budget, rate)
+        if len(self.budgets) < 3:
+            return
+        second, last = self.budgets[1:3]
+        best = self.ranked("train")[: self.best]
+        if not best:
+            return
+        always = [m for m in ("v2 residual", "v1 random") if m in self.methods and m not in best]
+        long = [s for s in sizes if s[0] in (*best, *always, DENSE, SCRATCH)]
+        for method, top_k in long:
+            yield from (self.run(method, top_k, seed, second, r) for r in self.near(method, top_k))
+        later = [s for s in long if s[0] == SCRATCH]
+        for number, method, top_k in [
+            *((seed, *size) for size in long),
+            *((n, *size) for n in self.seeds[1:] for size in long if size not in later),
+            *((n, *size) for n in self.seeds[1:] for size in later),
+        ]:
+            if (rate := self.rate(method, top_k, second)) is not None:
+                yield self.run(method, top_k, number, last, rate)
+
+    def trained(self) -> list[str]:
+        lost = {method for method, _ in self.dropped}
+        return [m for m in self.methods if m not in ABLATIONS and m not in lost]
+
+    def run(self, method: str, top_k: int, seed: int, budget: int, lr: float) -> Job:
+        return self.job("train", method, top_k, seed) | {"budget": budget, "lr": lr}
+
+    def tried(self, method: str, top_k: int, budget: int) -> dict[float, Job]:
+        """Runs of the first seed at a budget, by rate."""
+        return self._tried.get((method, top_k, budget), {})
+
+    def lowest(self, method: str, top_k: int, budget: int) -> float | None:
+        """The rate of lowest loss on the text kept back; None when nothing was tried."""
+        tried = self.tried(method, top_k, budget)
+        # a run that diverged has no loss
+        dev = {lr: row["dev"] for lr, row in tried.items() if row["dev"] is not None}
+        return min(dev, key=dev.__getitem__) if dev else None
+
+    def beyond(self, method: str, top_k: int) -> float | None:
+        """The rate past the end where the best one lies, once the grid has been run."""
+        tried = self.tried(method, top_k, self.budgets[0])
+        if any(lr not in tried for lr in self.grid) or len(self.grid) < 2:
+            return None
+        best = self.lowest(method, top_k, self.budgets[0])
+        if best is None or min(tried) < best < max(tried):
+            return None
+        place = LADDER.index(best) + (1 if best == max(tried) else -1)
+        return LADDER[place] if 0 <= place < len(LADDER) else None
+
+    def near(self, method: str, top_k: int) -> list[float]:
+        """The rates beside the chosen one, for the second budget."""
+        rate = self.rate(method, top_k, self.budgets[0])
+        if rate is None or len(self.grid) < 2:
+            return []
+        place = LADDER.index(rate)
+        return list(LADDER[place + 1 : place + 2]) + list(LADDER[max(0, place - 1) : place])
+
+    def rate(self, method: str, top_k: int, budget: int) -> float | None:
+        """The rate for the budget that follows `budget`; None while runs for it are missing."""
+        if any(lr not in self.tried(method, top_k, self.budgets[0]) for lr in self.grid):
+            return None
+        if self.beyond(method, top_k) is not None:
+            return None
+        if budget == self.budgets[0]:
+            return self.lowest(method, top_k, budget)
+        rate = self.rate(method, top_k, self.budgets[0])
+        tried = self.tried(method, top_k, budget)
+        missing = any(lr not in tried for lr in [rate, *self.near(method, top_k)])
+        return None if missing else self.lowest(method, top_k, budget)
+
+    def ranked(self, kind: str) -> list[str]:
+        """Methods by mean loss at 2 and 4 of 8; none until every method has been measured."""
+        sums: dict[str, float] = {}
+        for method in self.trained():
+            for top_k in (k for k in self.actives if k in (2, 4)):
+                if kind == "convert":
+                    row = self.rows.get(key(self.job(kind, method, top_k, self.seeds[0])))
+                else:
+                    rate = self.rate(method, top_k, self.budgets[0])
+                    row = rate and self.tried(method, top_k, self.budgets[1]).get(rate)
+                if not row:
+                    return []
+                sums[method] = sums.get(method, 0.0) + row["dev" if kind == "train" else "loss"]
+        return sorted(sums, key=sums.__getitem__)
+
+
+@dataclass
+class Worker:
+    """A process that does one job at a time."""
+
+    process: Any
+    channel: Any
+    job: Job | None = None
+    since: float = 0.0
+    ready: bool = False
+
+
+class Master:
+    """Hands the plan's jobs to workers, writes rows, stops in time."""
+
+    def __init__(self, options: argparse.Namespace, plan: Plan, bench: dict[str, Any]) -> None:
+        self.options, self.plan, self.bench = options, plan, bench
+        self.end = time.monotonic() + options.deadline
+        self.rows = options.out / "rows.jsonl"
+        self.place = Bench(**{**bench, "settings": Settings(**bench["settings"])})
+        self.failed: set[tuple[Any, ...]] = set()
+        self.deaths = 0
+        self.convert_seconds: dict[str, float] = {}
+        self.overhead, self.rate = 8.0, options.speed
+        self.workers = [self._spawn(i) for i in range(options.workers)]
+
+    def _spawn(self, index: int) -> Worker:
+        context = multiprocessing.get_context("spawn")
+        mine, theirs = context.Pipe()
+        gpus = self.options.gpus
+        before = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if gpus > 1:
+            os.environ["CUDA_VISIBLE_DEVICES"] = str(index % gpus)
+        bench = {**self.bench, "graphs": self.options.graphs}
+        process = context.Process(
+            target=work, args=(theirs, bench, self.options.threads), daemon=True
+        )
+        process.start()
+        theirs.close()
+        if gpus > 1:
+            os.environ.pop("CUDA_VISIBLE_DEVICES")
+            if before is not None:
+                os.environ["CUDA_VISIBLE_DEVICES"] = before
+        return Worker(process, mine)
+
+    def run(self) -> None:
+        """Work until nothing is left or the time is up."""
+        try:
+            while True:
+                for worker in self.workers:
+                    if worker.ready and worker.job is None and (job := self._next()) is not None:
+                        worker.job, worker.since = job, time.monotonic()
+                        worker.channel.send(job)
+                busy = [w for w in self.workers if w.job is not None or not w.ready]
+                if all(w.job is None for w in self.workers) and (
+                    not busy or time.monotonic() > self.end
+                ):
+                    break
+                if time.monotonic() > self.end + 5:
+                    break
+                self._receive(busy)
+        finally:
+            for worker in self.workers:
+                worker.process.kill()
+        left = [j for j in (*self.plan.conversions(), *self.plan.trainings()) if self._missing(j)]
+        self._say(f"{len(self.plan.rows)} rows; {len(left)} known runs left")
+
+    def _receive(self, busy: list[Worker]) -> None:
+        for channel in wait([w.channel for w in busy], timeout=1.0):
+            worker = next(w for w in busy if w.channel is channel)
+            try:
+                message = channel.recv()
+            except (EOFError, OSError):
+                message = {"error": "the worker died"}
+                index = self.workers.index(worker)
+                self.deaths += 1
+                if self.deaths > 2 * len(self.workers):
+                    raise SystemExit("The workers die one after another.") from None
+                self.workers[index] = self._spawn(index)
+            if message == "ready":
+                worker.ready = True
+                continue
+            job, worker.job = worker.job, None
+            if job is not None:
+                self._finish(job, message, time.monotonic() - worker.since)
+
+    def _finish(self, job: Job, found: dict[str, Any], seconds: float) -> None:
+        name = " ".join(str(job[k]) for k in _KEY[1:] if job.get(k) is not None)
+        if "error" in found:
+            self.failed.add(key(job))
+            if job["seed"] == self.plan.seeds[0] and job["experts"] == self.plan.experts:
+                self.plan.dropped.add((job["method"], job["top_k"]))
+            self._say(f"FAILED {job['kind']} {name}: {found['error']}\n{found.get('where', '')}")
+            return
+        if job["kind"] == "convert":
+            slow = self.convert_seconds.get(job["method"], 0.0)
+            self.convert_seconds[job["method"]] = max(slow, seconds)
+        elif found["tokens_per_second"]:
+            self.rate += 0.2 * (found["tokens_per_second"] - self.rate)
+            spent = job["budget"] / found["tokens_per_second"]
+            self.overhead += 0.2 * (seconds - spent - self.overhead)
+        if not self.plan.has(job):
+            row = {**job, **found, "settings": self.bench["settings"], "workers": len(self.workers)}
+            self.plan.add(row)
+            with self.rows.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        speed = f", {found['tokens_per_second']:,} tokens/s" if job["kind"] == "train" else ""
+        loss = "diverged" if found["loss"] is None else f"{found['loss']:.4f}"
+        self._say(f"{job['kind']} {name}: {loss} ({seconds:.1f} s{speed})")
+
+    def _next(self) -> Job | None:
+        """The job that an idle worker should do, if any fits into the time that is left."""
+        left = self.end - time.monotonic()
+        running = [w.job for w in self.workers if w.job is not None]
+        training = sum(job["kind"] == "train" for job in running)
+        trainings = [j for j in self.plan.trainings() if self._missing(j)]
+        ready = [j for j in trainings if self.place.start(j).is_dir()]
+        taken = {key(job) for job in running}
+        ready = [j for j in ready if key(j) not in taken and self._seconds(j) < left]
+        if ready and training < self.options.trainings:
+            return ready[0]
+        converting = len(running) - training
+        most = self.options.conversions
+        if ready:
+            most = min(most, max(1, self.options.workers - self.options.trainings))
+        if converting >= most:
+            return None
+        # Starts of the next runs, then the table; a start may be lost with the machine it was on.
+        starts = [self.plan.job("convert", j["method"], j["top_k"], j["seed"]) for j in trainings]
+        starts = [j for j in starts if not self.place.start(j).is_dir()]
+        table = [j for j in self.plan.conversions() if not self.plan.has(j)]
+        for job in (*starts, *table):
+            if key(job) not in taken | self.failed and self._seconds(job) < left:
+                return job
+        return None
+
+    def _missing(self, job: Job) -> bool:
+        return not self.plan.has(job) and key(job) not in self.failed
+
+    def _seconds(self, job: Job) -> float:
+        if job["kind"] == "convert":
+            return 1.2 * self.convert_seconds.get(job["method"], 15.0)
+        return 1.15 * (self.overhead + job["budget"] / self.rate)
+
+    def _say(self, text: str) -> None:
+        left = self.end - time.monotonic()
+        print(f"[{left:5.0f} s left] {text}", file=sys.stderr, flush=True)
+
+
+def read_rows(paths: list[Path], plan: Plan, settings: dict[str, Any]) -> list[Job]:
+    """Rows of these files that belong to the plan: same settings, same recipe; the last counts."""
+    found: dict[tuple[Any, ...], Job] = {}
+    for path in paths:
+        for line in path.read_text().splitlines() if path.is_file() else []:
+            row = json.loads(line)
+            if row["method"] not in (*METHODS, DENSE, SCRATCH) or row["settings"] != settings:
+                continue
+            if row["recipe"] == plan.recipe(row["method"], row["top_k"], row["experts"]):
+                found[key(row)] = row
+    return list(found.values())
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("-o", "--out", type=Path, default=Path("runs/construction"))
+    parser.add_argument("--work", type=Path, help="shared files; default OUT/work")
+    parser.add_argument("--rows", type=Path, nargs="*", default=[], help="rows of earlier calls")
+    parser.add_argument("--deadline", type=float, default=1e9, help="seconds")
+    parser.add_argument("--model", type=Path, default=ROOT / "ckpt/dense-14m")
+    parser.add_argument("--corpus", type=Path, default=ROOT / "data/corpus")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--budgets", type=int, nargs="*", default=[10**6, 4 * 10**6, 16 * 10**6])
+    parser.add_argument("--top-k", type=int, nargs="*", default=[2, 4, 6])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--finer", type=int, nargs="*", default=[16, 32])
+    parser.add_argument("--grid", type=float, nargs="*", default=list(GRID), choices=LADDER)
+    parser.add_argument("--best", type=int, default=3)
+    parser.add_argument("--calibration", type=int, default=Settings.calibration)
+    parser.add_argument("--sequences", type=int, default=Settings.sequences)
+    parser.add_argument("--documents", type=int, help="held-out documents a domain; default all")
+    parser.add_argument("--workers", type=int, default=12)
+    parser.add_argument("--trainings", type=int, default=8, help="of them training at a time")
+    parser.add_argument("--conversions", type=int, default=8, help="at a time, some GB each")
+    parser.add_argument("--threads", type=int, default=2, help="of a worker, on the CPU")
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--speed", type=float, default=100_000, help="first guess, tokens/s a run")
+    parser.add_argument("--no-graphs", dest="graphs", action="store_false")
+    parser.add_argument("--table", action="store_true", help="write the page, run nothing")
+    parser.add_argument("--page", type=Path, default=Path(__file__).with_suffix(".md"))
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("-o", "--out", type=Path, default=Path("runs/construction"))
-    parser.add_argument("--model", type=Path, default=ROOT / "ckpt/dense-14m")
-    parser.add_argument("--corpus", type=Path, default=ROOT / "data/corpus")
-    parser.add_argument("--only", nargs="*", default=list(METHODS))
-    parser.add_argument("--experts", type=int, default=8)
-    parser.add_argument("--top-k", type=int, nargs="*", default=[2, 4, 6])
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--tokens", type=int, default=262_144)
-    parser.add_argument("--documents", type=int)
-    parser.add_argument("--set", nargs="*", default=[], help="KEY=JSON of the recipe")
-    parser.add_argument("--last-only", action="store_true", help="no losses between stages")
-    parser.add_argument("--dense", type=Path, help="JSON of the dense model's losses by domain")
-    parser.add_argument("--table", action="store_true")
-    options = parser.parse_args()
+    options = parse()
+    started = time.monotonic()
     options.out.mkdir(parents=True, exist_ok=True)
+    settings = as_dict(
+        Settings(
+            calibration=options.calibration,
+            sequences=options.sequences,
+            documents=options.documents,
+        )
+    )
+    plan = Plan(
+        methods=options.methods,
+        budgets=sorted(options.budgets),
+        actives=options.top_k,
+        seeds=options.seeds,
+        best=options.best,
+        finer=tuple(options.finer),
+        grid=tuple(options.grid),
+    )
+    known = read_rows([*options.rows, options.out / "rows.jsonl"], plan, settings)
+    for row in known:
+        plan.add(row)
     if options.table:
-        print(table(options.out / "rows.jsonl"))
+        from benchmarks.construction_report import write
+
+        write(plan, settings, options.page)
         return
-    if options.dense is not None:
-        DENSE[str(options.documents)] = json.loads(options.dense.read_text())
-    for seed in options.seeds:
-        for top_k in options.top_k:
-            for name in options.only:
-                once(options, name, top_k, seed)
-
-
-def once(options: argparse.Namespace, name: str, top_k: int, seed: int) -> None:
-    from moesaic.construct.pipeline import Recipe, results, run
-
-    rows = options.out / "rows.jsonl"
-    settings = dict(METHODS[name])
-    if settings.get("shared") == "half":
-        settings["shared"] = top_k // 2
-    # Methods that see no activations need no more text than the measurements do.
-    plain = settings.get("refit", "down") is None and name != "energy, no refit"
-    settings["tokens"] = min(options.tokens, 16_384) if plain else options.tokens
-    settings |= {key: json.loads(value) for key, value in (s.split("=", 1) for s in options.set)}
-    key = {"method": name, "experts": options.experts, "top_k": top_k, "seed": seed}
-    key |= {"tokens": settings["tokens"], "documents": options.documents, "set": options.set}
-    done = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
-    if any(all(row.get(k) == v for k, v in key.items()) for row in done):
-        return
-    recipe = Recipe(
-        experts=options.experts,
-        top_k=top_k,
-        seed=seed,
-        data={d: str(options.corpus / d / "train.jsonl") for d in DOMAINS},
-        held_out={d: str(options.corpus / d / "valid.jsonl") for d in DOMAINS},
-        held_out_documents=options.documents,
-        **settings,
-    )
-    started, used = time.monotonic(), time.process_time()
-    known = str(options.documents)
-    figures = results(
-        run(options.model, recipe, dense_loss=DENSE.get(known), last_only=options.last_only)
-    )
-    DENSE[known] = figures["stages"][0]["losses"]
-    stages = {row["stage"]: row["loss"] for row in figures["stages"]}
-    last = figures["stages"][-1]["loss"]
-    row = {
-        **key,
-        "dense": stages["dense"],
-        "loss": last,
-        "gap": last - stages["dense"],
-        "stages": figures["stages"],
-        "layers": figures["layers"],
-        "construct_seconds": figures["seconds"]["construct"],
-        "parts": figures["seconds"],
-        "seconds": round(time.monotonic() - started, 1),
-        "cpu_seconds": round(time.process_time() - used, 1),
-        "threads": torch.get_num_threads(),
+    bench = {
+        "work": options.work or options.out / "work",
+        "model": options.model,
+        "corpus": options.corpus,
+        "settings": settings,
+        "device": options.device,
     }
-    with rows.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    print(f"{name} {top_k}/{options.experts} seed {seed}: {last:.4f}", file=sys.stderr, flush=True)
-
-
-def table(rows: Path) -> str:
-    """Markdown: the mean over the seeds of every method's loss and gap, a row a method."""
-    found: dict[tuple[str, int, int, int], list[dict[str, Any]]] = {}
-    for line in rows.read_text().splitlines():
-        row = json.loads(line)
-        key = (
-            row["method"] + " " + " ".join(row["set"]),
-            row["top_k"],
-            row["experts"],
-            row["tokens"],
-        )
-        found.setdefault(key, []).append(row)
-    lines = ["| method | active | tokens | dense | loss | gap | seeds | construction s |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
-    columns = ("dense", "loss", "gap", "construct_seconds")
-    for (method, top_k, experts, tokens), group in sorted(
-        found.items(), key=lambda item: (item[0][1], item[1][0]["loss"])
-    ):
-        dense, loss, gap, spent = (sum(r[k] for r in group) / len(group) for k in columns)
-        lines.append(
-            f"| {method.strip()} | {top_k}/{experts} | {tokens:,} | {dense:.3f} | {loss:.3f} "
-            f"| {gap:.3f} | {len(group)} | {spent:.0f} |"
-        )
-    return "\n".join(lines)
+    bench["work"].mkdir(parents=True, exist_ok=True)
+    if options.rows:  # OUT/rows.jsonl is to hold everything
+        text = "".join(json.dumps(row) + "\n" for row in known)
+        (options.out / "rows.jsonl").write_text(text)
+    options.deadline -= time.monotonic() - started
+    master = Master(options, plan, bench)  # the workers import while the text is prepared
+    master.place.prepare(options.seeds, max(options.budgets, default=0))
+    master._say("text is ready")
+    master.run()
 
 
 if __name__ == "__main__":

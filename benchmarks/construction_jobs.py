@@ -1,0 +1,425 @@
+"""What one job of benchmarks/construction.py does: prepare text, convert, measure, train on.
+
+Everything is written once and shared: token blocks in the order of training, rows of held-out text,
+and the model of every conversion, from which all its training runs start.
+Notation: B sequences of an update, T tokens a sequence, N blocks.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import shutil
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from moesaic.training.config import OptimizerConfig, ScheduleConfig
+from moesaic.training.optimizer import Optimizer
+from moesaic.training.schedule import Schedule
+from moesaic.training.step import UpdateResult, build_pass, run_update, set_balance_coefficient
+
+DOMAINS = ("arxiv", "books", "c4", "commoncrawl", "github")
+DOMAINS += ("simple_english", "stackexchange", "wikipedia")
+DENSE, SCRATCH = "dense", "random weights"
+_WARM_UP = 3  # eager updates before a graph is captured: kernels are compiled and timed there
+Rows = dict[str, list[list[int]]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all runs of a table share; rows made under other settings are never mixed with them."""
+
+    calibration: int = 262_144
+    """Calibration tokens."""
+    block: int = 512
+    """Tokens of a sequence, and of a document that is scored."""
+    sequences: int = 32
+    """Sequences of an update."""
+    warmup: float = 0.05
+    """Share of the updates."""
+    floor: float = 0.1
+    """Lowest share of the peak rate."""
+    documents: int | None = None
+    """Held-out documents of a domain; None: all."""
+    dev_documents: int = 12
+    """Training documents of a domain that are kept for choosing the learning rate."""
+
+
+class GraphFailed(RuntimeError):
+    """An update could not be captured as a CUDA graph."""
+
+
+class Bench:
+    """One machine's folder of shared files, and the jobs done in it."""
+
+    def __init__(
+        self, work: Path, model: Path, corpus: Path, settings: Settings, device: str = "auto"
+    ) -> None:
+        self.work, self.model, self.corpus, self.settings = work, model, corpus, settings
+        found = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(found if device == "auto" else device)
+        self.graphs = self.device.type == "cuda"
+        self._rows: dict[str, Rows] = {}
+
+    # Text, prepared once by the first process
+
+    def prepare(self, seeds: list[int], tokens: int) -> None:
+        """Divide the training text, tokenise it and pack the blocks of every seed's longest run.
+
+        The last `dev_documents` of each domain's training text choose the learning rate; the first
+        ones calibrate, as `moesaic construct` would take them from the whole.
+        """
+        from moesaic.data import open_domains
+        from moesaic.data.batches import document_rows
+        from moesaic.data.mixture import MixtureStream
+        from moesaic.data.tokens import open_tokens
+        from moesaic.models.tokenizer import load_tokenizer
+
+        self._divide()
+        tokenizer = load_tokenizer(self.model)
+        for name, part in (("dev", self.work / "text/dev"), ("valid", None)):
+            path = self.work / f"{name}.json"
+            if path.is_file():
+                continue
+            files = {d: str(part / f"{d}.jsonl") for d in DOMAINS} if part else self._valid()
+            rows = {
+                d: [
+                    row
+                    for row in document_rows(
+                        source,
+                        tokenizer,
+                        context=self.settings.block,
+                        max_documents=None if part else self.settings.documents,
+                    )
+                    if len(row) > 1
+                ]
+                for d, source in open_domains(files).items()
+            }
+            path.write_text(json.dumps(rows))
+        blocks = tokens // self.settings.block
+        for seed in seeds:
+            path = self.work / f"blocks-{seed}.npy"
+            if path.is_file() and len(np.load(path, mmap_mode="r")) >= blocks:
+                continue
+            domains = open_tokens(self._fit(), tokenizer, cache=self.work / "tokens")
+            stream = MixtureStream(domains, block=self.settings.block, seed=seed)
+            drawn = [stream.next_block()[1].astype(np.uint16) for _ in range(blocks)]
+            np.save(path, np.stack(drawn))
+
+    def _divide(self) -> None:
+        """Write text/fit, text/dev and text/calibration; the last holds as much as is ever read."""
+        if (self.work / "text").is_dir():
+            return
+        partial = self.work / "text.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        # Rows are drawn among four times the calibration tokens; some 3 bytes a token.
+        needed = max(200_000, 6 * 4 * self.settings.calibration // len(DOMAINS))
+        for domain in DOMAINS:
+            lines = (self.corpus / domain / "train.jsonl").read_text().splitlines(keepends=True)
+            kept = lines[: -self.settings.dev_documents]
+            size = np.cumsum([len(line) for line in kept])
+            parts = {
+                "fit": kept,
+                "dev": lines[-self.settings.dev_documents :],
+                "calibration": kept[: int(np.searchsorted(size, needed)) + 1],
+            }
+            for name, part in parts.items():
+                (partial / name).mkdir(parents=True, exist_ok=True)
+                (partial / name / f"{domain}.jsonl").write_text("".join(part))
+        partial.rename(self.work / "text")
+
+    def _fit(self) -> dict[str, str]:
+        return {d: str(self.work / "text/fit" / f"{d}.jsonl") for d in DOMAINS}
+
+    def _calibration(self) -> dict[str, str]:
+        return {d: str(self.work / "text/calibration" / f"{d}.jsonl") for d in DOMAINS}
+
+    def _valid(self) -> dict[str, str]:
+        return {d: str(self.corpus / d / "valid.jsonl") for d in DOMAINS}
+
+    # Conversion
+
+    def start(self, job: Mapping[str, Any]) -> Path:
+        """Folder of the model that a job's runs start from."""
+        if job["method"] == DENSE:
+            return self.model
+        words = f"{job['method']} {job['experts']} {job['top_k']} {job['seed']}"
+        slug = "".join(c if c.isalnum() else "-" for c in words)
+        return self.work / "starts" / slug
+
+    def convert(self, job: Mapping[str, Any]) -> dict[str, Any]:
+        """Make a conversion and measure it on the held-out text; the model stays in the folder."""
+        from moesaic.construct.pipeline import Recipe, results, run
+        from moesaic.construct.recipe import stage_names
+        from moesaic.models.load import load
+        from moesaic.models.save import save
+
+        started = time.monotonic()
+        if job["method"] == DENSE:
+            model: Any = load(self.model, dtype=torch.float32)
+            return self._measured(model.to(self.device), started, {})
+        recipe = Recipe(
+            experts=job["experts"],
+            top_k=job["top_k"],
+            seed=job["seed"],
+            data=self._calibration(),
+            context=self.settings.block,
+            device=str(self.device),
+            **{"tokens": self.settings.calibration, **job["recipe"], **self._ready(job)},
+        )
+        out = self.start(job)
+        partial = out.with_name(f"{out.name}.partial-{time.monotonic_ns()}")
+        partial.mkdir(parents=True)
+        figures = results(run(self.model, recipe, folder=partial, last_only=True))
+        made = partial / stage_names(recipe)[-1]
+        model = load(made, dtype=torch.float32)
+        if job["method"] == SCRATCH:
+            torch.manual_seed(job["seed"])
+            model = type(model)(model.config)
+            shutil.rmtree(made)
+            made.mkdir()
+            save(model, made)
+        if not out.is_dir():
+            made.rename(out)
+        shutil.rmtree(partial)
+        last = figures["stages"][-1]
+        facts = {
+            "construct_seconds": figures["seconds"]["construct"],
+            "parts": figures["seconds"],
+            **{key: figures["stages"][1].get(key) for key in ("captured", "oracle")},
+            "load_entropy": last.get("load_entropy") or figures["stages"][1].get("load_entropy"),
+            "output_error": last.get("output_error"),
+        }
+        return self._measured(model.to(self.device).eval(), started, facts)
+
+    def _ready(self, job: Mapping[str, Any]) -> dict[str, str]:
+        """The split of a job in a file, where it is slow to make and does not depend on top_k."""
+        from moesaic.construct.split import make_split
+
+        recipe = job["recipe"]
+        split = recipe.get("split")
+        method = split["method"] if isinstance(split, dict) else split
+        if method not in ("gradient-plus", "cluster"):
+            return {}
+        shared = recipe.get("shared", 0)
+        out = self.work / "splits" / f"{method}-{job['experts']}-{shared}-{job['seed']}"
+        out.parent.mkdir(exist_ok=True)
+        with out.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # two jobs may want it at the same time
+            if not out.is_dir():
+                make_split(
+                    self.model,
+                    out=out,
+                    method=split,
+                    experts=job["experts"],
+                    shared=shared,
+                    data=self._calibration(),
+                    seed=job["seed"],
+                )
+        gates = out / "router.safetensors"
+        routed = recipe.get("router") == "hidden-clusters" and gates.is_file()
+        return {"split": str(out)} | ({"router": str(gates)} if routed else {})
+
+    def _measured(self, model: Any, started: float, facts: dict[str, Any]) -> dict[str, Any]:
+        losses = self.losses(model, "valid")
+        spent = round(time.monotonic() - started, 2)
+        return {"loss": losses["mean"], "losses": losses, **facts, "seconds": spent}
+
+    def losses(self, model: Any, part: str) -> dict[str, float]:
+        """What `moesaic.measure.held_out_loss` gives, in float32, on rows tokenised before."""
+        from moesaic.measure.loss import batch_loss
+        from moesaic.measure.rows import by_length, evaluating
+
+        if part not in self._rows:
+            self._rows[part] = json.loads((self.work / f"{part}.json").read_text())
+        budget = (128 if self.device.type == "cuda" else 16) * self.settings.block
+        found = {}
+        with evaluating(model), torch.inference_mode():
+            for domain, rows in self._rows[part].items():
+                sums = [batch_loss(model, batch) for batch in by_length(rows, budget)]
+                found[domain] = sum(s[0] for s in sums) / sum(s[1] for s in sums)
+        return {"mean": sum(found.values()) / len(found), **found}
+
+    # Training on
+
+    def train(self, job: Mapping[str, Any]) -> dict[str, Any]:
+        """Train a start on for `job["budget"]` tokens at `job["lr"]`; measure both texts."""
+        from moesaic.models.load import load
+        from moesaic.training.setup import count_parameters
+
+        started = time.monotonic()
+        settings = self.settings
+        torch.manual_seed(job["seed"])
+        model: Any = load(
+            self.start(job), dtype=torch.float32, attn_implementation="sdpa", device_map=None
+        )
+        model = model.to(self.device).train()
+        if job["method"].startswith("pruned"):
+            _keep_static(model)
+        parameters, active = count_parameters(model)
+        updates = job["budget"] // (settings.sequences * settings.block)
+        blocks = np.load(self.work / f"blocks-{job['seed']}.npy", mmap_mode="r")
+        chosen = np.asarray(blocks[: updates * settings.sequences]).astype(np.int32)
+        ids_NBT = torch.from_numpy(chosen).to(self.device)
+        ids_NBT = ids_NBT.view(updates, settings.sequences, settings.block)
+        schedule = Schedule(
+            ScheduleConfig(warmup=round(settings.warmup * updates), floor=settings.floor),
+            peak=job["lr"],
+            total=updates,
+        )
+        ready = time.monotonic()
+        with _full_blocks():
+            update = Update(model, job["lr"], shape=ids_NBT.shape[1:], graph=self.graphs)
+            for number, ids_BT in enumerate(ids_NBT):
+                result = update(ids_BT, schedule.rate(number))
+            train_loss = float(result.values["loss"])  # waits for the device
+        spent = time.monotonic() - ready
+        load_LE = result.routing.get("load")
+        row = {
+            "updates": updates,
+            "train_loss": train_loss,
+            "load_cv": None if load_LE is None else _variation(load_LE),
+            "parameters": parameters,
+            "active_parameters": active,
+            "tokens_per_second": round(updates * settings.sequences * settings.block / spent),
+            "graph": update.graph is not None,
+        }
+        del update, result
+        model.zero_grad(set_to_none=True)
+        dev, valid = self.losses(model, "dev"), self.losses(model, "valid")
+        row["seconds"] = round(time.monotonic() - started, 2)
+        if not math.isfinite(dev["mean"] + valid["mean"]):
+            return {"dev": None, "loss": None, "losses": None, **row, "train_loss": None}
+        return {"dev": dev["mean"], "loss": valid["mean"], "losses": valid, **row}
+
+
+class Update:
+    """One optimizer update of `moesaic train`, on a GPU captured once and replayed.
+
+    A graph takes the host out of the way: an update of a 14M model is two thousand small kernels,
+    which one core starts in five times the time that they run.
+    """
+
+    def __init__(self, model: Any, lr: float, *, shape: torch.Size, graph: bool) -> None:
+        self.device = next(model.parameters()).device
+        self.optimizer = Optimizer(model, OptimizerConfig(lr=lr))
+        self.run_pass = build_pass(model)
+        self.wanted = graph
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.ids_ABT = torch.zeros(1, *shape, dtype=torch.int64, device=self.device)
+        self.done = 0
+        for group in self.optimizer.inner.param_groups if graph else ():
+            group["capturable"] = True
+            group["lr"] = torch.zeros((), device=self.device)
+
+    def __call__(self, ids_BT: torch.Tensor, rate: float) -> UpdateResult:
+        """Update on ids_BT; what is returned stays valid until the next update."""
+        self.ids_ABT.copy_(ids_BT[None])
+        for group in self.optimizer.inner.param_groups:
+            value = rate * group.get("lr_scale", 1.0)
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(value)
+            else:
+                group["lr"] = value
+        self.done += 1
+        if not self.wanted:
+            return self._update()
+        if self.graph is not None:
+            self.graph.replay()
+        elif self.done <= _WARM_UP:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self.result = self._update()
+            torch.cuda.current_stream().wait_stream(stream)
+        else:
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph):
+                    self.result = self._update()
+            except Exception as error:  # whatever refuses: the caller then starts anew without
+                raise GraphFailed(f"{type(error).__name__}: {error}") from error
+            self.graph = graph
+            graph.replay()  # capturing computes nothing
+        return self.result
+
+    def _update(self) -> UpdateResult:
+        mixed = self.device.type == "cuda"
+        autocast = torch.autocast("cuda", torch.bfloat16) if mixed else nullcontext()
+        return run_update(self.run_pass, self.optimizer, self.ids_ABT, autocast=autocast)
+
+
+@contextmanager
+def _full_blocks() -> Any:
+    """Leave out what full blocks do not need: masks, and norms in a dozen kernels each.
+
+    transformers builds a mask while a graph is captured, and with a mask attention is slower.
+    """
+
+    def norm(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return functional.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
+
+    with ExitStack() as stack:
+        for name in ("moesaic.models.llama_moe", "transformers.models.llama.modeling_llama"):
+            stack.enter_context(mock.patch(f"{name}.create_causal_mask", return_value=None))
+        stack.enter_context(
+            mock.patch("transformers.models.llama.modeling_llama.LlamaRMSNorm.forward", norm)
+        )
+        yield
+
+
+def _keep_static(model: Any) -> None:
+    """Keep a pruned model pruned: its gates are not trained and nothing balances them."""
+    set_balance_coefficient(model, 0.0)
+    for name, parameter in model.named_parameters():
+        if ".gate." in name:
+            parameter.requires_grad_(False)
+
+
+def _variation(load_LE: torch.Tensor) -> float:
+    """Mean over layers of the load's deviation over its mean."""
+    return round(float((load_LE.std(1, correction=0) / load_LE.mean(1)).mean()), 4)
+
+
+def work(channel: Any, bench: dict[str, Any], threads: int) -> None:
+    """A worker process: do the jobs that come through `channel` until None comes."""
+    import traceback
+
+    torch.set_num_threads(threads)
+    bench = dict(bench)
+    bench["settings"] = Settings(**bench["settings"])
+    graphs = bench.pop("graphs")
+    mine = Bench(**bench)
+    mine.graphs &= graphs
+    channel.send("ready")
+    while (job := channel.recv()) is not None:
+        try:
+            try:
+                found = getattr(mine, job["kind"])(job)
+            except GraphFailed as error:
+                mine.graphs = False
+                found = getattr(mine, job["kind"])(job) | {"graph_failed": str(error)[:300]}
+            channel.send(found)
+        except Exception as error:
+            channel.send({"error": f"{type(error).__name__}: {error}", "where": _short(traceback)})
+        if mine.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _short(traceback: Any) -> str:
+    return "".join(traceback.format_exc().splitlines(keepends=True)[-12:])
+
+
+def as_dict(settings: Settings) -> dict[str, Any]:
+    """The settings as a row holds them."""
+    return asdict(settings)
