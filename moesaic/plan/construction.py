@@ -66,8 +66,8 @@ class Construction:
     router_sees: Literal["nothing", "weights", "text"]
     refit: bool
     attention_refit: bool
-    refine: tuple[float, int] | None
-    """Passes of a layer-wise distillation over the tokens, and tokens of a step."""
+    refine: tuple[float, int, int] | None
+    """Passes of a layer-wise distillation over the tokens, tokens of a step, layers ahead."""
     active: float
     """Share of the routed neurons that a token uses."""
     tokens: int
@@ -104,11 +104,12 @@ class Construction:
             ridge = _Ridge(D, D, _STRENGTHS)
             yield Stage("attention refit", L * (6 * T * D * D + ridge.trials), L * ridge.double)
         if self.refine is not None:
-            passes, batch = self.refine
+            passes, batch, ahead = self.refine
             trained = passes * T * 7 / 8
-            trained_products = (
-                3 * trained * 6 * D * F * self.active
-            )  # forward and twice that backward
+            through = 2 * self.attention + 6 * D * F
+            block = 2 * self.attention + 6 * D * F * self.active
+            # forward and twice that backward; in the dense layers ahead once
+            trained_products = trained * (3 * block + 2 * ahead * through)
             # Adam reads and writes weights, gradients and two moments, and gradients are cleared
             steps = max(1, trained / min(batch, T))
             yield Stage("refine", L * trained_products, moved=L * steps * 3 * D * F * 4 * 8)

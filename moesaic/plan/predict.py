@@ -12,8 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from moesaic.construct.free.distil import Distillation
-from moesaic.construct.recipe import Recipe
+from moesaic.construct.recipe import Recipe, refinement
 from moesaic.construct.routers import ROUTERS
 from moesaic.construct.scratch import InitConfig, empty_model, model_config
 from moesaic.construct.splits import SPLITS
@@ -207,7 +206,7 @@ def _construct(
         router_sees=_sees(ROUTERS, recipe.router),
         refit=recipe.refit is not None,
         attention_refit=recipe.attention is not None,
-        refine=_refined(recipe),
+        refine=_refined(recipe, machine),
         active=(recipe.top_k - recipe.shared) / (recipe.experts - recipe.shared),
         tokens=recipe.tokens,
         context=recipe.context,
@@ -249,16 +248,15 @@ def _sees(registry: Any, choice: str | Mapping[str, Any]) -> Literal["nothing", 
     return "weights" if key in ("cluster", "gradient", "sharing_inner") else "nothing"
 
 
-def _refined(recipe: Recipe) -> tuple[float, int] | None:
-    """Passes and tokens of a step of the layer-wise distillation, where there is one."""
-    if recipe.refine is None:
+def _refined(recipe: Recipe, machine: Machine) -> tuple[float, int, int] | None:
+    """Passes, tokens of a step and layers ahead of the distillation, where there is one."""
+    from torch import device
+
+    settings = refinement(recipe)
+    if settings is None:
         return None
-    given = recipe.refine if isinstance(recipe.refine, Mapping) else {"method": recipe.refine}
-    settings = {key: value for key, value in given.items() if key != "method"}
-    if given.get("method") != "layerwise":
-        raise UserError(f"refine={recipe.refine!r} was given. Use layerwise, or null.")
-    found = parse(Distillation, settings, source="refine layerwise")
-    return found.passes, found.batch
+    settings = settings.on(device("cuda" if machine.gpu else "cpu"))
+    return settings.passes, settings.batch, settings.ahead
 
 
 def _mixture(shape: Any, recipe: Recipe) -> Any:

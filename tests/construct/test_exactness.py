@@ -102,7 +102,8 @@ def test_a_construction_starts_from_the_dense_model(kind: str, tmp_path: Path) -
         assert layer.facts["all_on"] < 1e-4
         errors = layer.facts["output_error"]
         assert 0 < errors["refit"] < errors["split"] < 1
-        assert errors["refine"] < errors["split"]
+        refined = layer.facts["refine"]
+        assert refined["missed_after"] <= refined["missed_before"]
     everything: Any = {"num_experts_per_tok": 4}
     if Checkpoint(tmp_path / "split").config["model_type"] == "llama_moe":
         everything = {"num_selects": 4}

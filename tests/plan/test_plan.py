@@ -66,7 +66,8 @@ def test_every_shipped_construction_can_be_planned(name: str) -> None:
 
 
 def test_refining_and_the_attention_cost_more() -> None:
-    name, keys = "llama-2-7b-2of8", ["refine=layerwise", "attention=1.0"]
+    name = "llama-2-7b-2of8"
+    keys = ["refine={method: layerwise, passes: 3}", "attention=1.0"]
     plain = plan(name, machine=MACHINE, overrides=["attention=null"])
     more = plan(name, machine=MACHINE, overrides=keys)
     added = more.seconds["construct"].keys() - plain.seconds["construct"].keys()
