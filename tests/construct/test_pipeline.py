@@ -154,7 +154,9 @@ def test_what_is_missing_is_said(dense, caplog):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("refine", [None, "layerwise"])
+@pytest.mark.parametrize(
+    "refine", [None, {"method": "layerwise", "passes": 2, "ahead": 1, "batch": 256}]
+)
 def test_a_gpu_makes_the_same_layers(dense, refine):
     made = [
         run(dense / "model", recipe(dense, device=device, refine=refine))
