@@ -60,14 +60,14 @@ def test_products_along_rows_compile_for_hopper(name, activation, tmp_path):
     if activation != "silu" and name in ("down", "dx"):
         pytest.skip("no activation")
     epilogue, gather, k_major, stages = ROWS[name]
-    names = ("PRODUCER_WARPS", "CONSUMER_REGS", "PRODUCER_REGS")
-    warps = dict(zip(names, _warps(gather=gather), strict=True))
+    names = ("PRODUCER_WARPS", "CONSUMER_REGS", "PRODUCER_REGS", "FINISHER_REGS")
+    warps = dict(zip(names, _warps(gather=gather, finish=epilogue == "dact"), strict=True))
     width = 128 if epilogue == "swiglu" else 256
     given = {
-        "a_desc": _descriptor(64, 64),
+        "a_desc": _descriptor(128, 64),
         "b_desc": _descriptor(width, 64) if k_major else _descriptor(64, width),
         **dict.fromkeys(("out_desc", "out2_desc", "out3_desc"), _descriptor(64, 64)),
-        **dict.fromkeys(("h_desc", "h2_desc"), _descriptor(64, 64)),
+        "h_desc": _descriptor(32, 64),
         **dict.fromkeys(("a_ptr", "out_ptr", "out2_ptr", "out3_ptr"), BF16),
         **dict.fromkeys(("token_ptr", "tile_expert_ptr", "tile_row_ptr"), I32),
         **dict.fromkeys(("tile_left_ptr", "count_ptr"), I32),
@@ -77,7 +77,8 @@ def test_products_along_rows_compile_for_hopper(name, activation, tmp_path):
     }
     constants = {
         "EPILOGUE": epilogue, "GATHER": gather, "EVEN_K": True, "B_KMAJOR": k_major,
-        "KEEP_H": True, "BN": 256, "BK": 64, "STAGES": stages, "ACTIVATION": activation, **warps,
+        "KEEP_H": True, "BN": 256, "BK": 64, "STAGES": stages,
+        "BUFFERS": 2 if epilogue == "swiglu" else 4, "ACTIVATION": activation, **warps,
     }  # fmt: skip
     if epilogue == "plain":
         absent = ("out2_desc", "out2_ptr", "out3_desc", "out3_ptr")
@@ -86,7 +87,7 @@ def test_products_along_rows_compile_for_hopper(name, activation, tmp_path):
     if gather:
         absent += ("a_desc",)
     if epilogue != "dact":
-        absent += ("h_desc", "h2_desc", "weight_ptr", "partial_ptr")
+        absent += ("h_desc", "weight_ptr", "partial_ptr")
     compiled = _compile(rows_kernel, given, constants | dict.fromkeys(absent))
     ptx = compiled.asm["ptx"]
     assert "wgmma.mma_async" in ptx
@@ -103,7 +104,7 @@ def test_weight_gradients_compile_for_hopper(transposed, tmp_path):
     from moesaic.kernels.triton.products import _warps
 
     names = ("PRODUCER_WARPS", "CONSUMER_REGS", "PRODUCER_REGS")
-    warps = dict(zip(names, _warps(gather=True), strict=True))
+    warps = dict(zip(names, _warps(gather=True), strict=False))
     given = {
         "b_desc": _descriptor(64, 256),
         "out_desc": _descriptor(64, 64), "a_ptr": BF16, "out_ptr": BF16, "token_ptr": I32,
@@ -111,7 +112,7 @@ def test_weight_gradients_compile_for_hopper(transposed, tmp_path):
     }  # fmt: skip
     constants = {
         "EVEN_M": True, "TRANSPOSED": transposed, "BM": 128, "BN": 256, "BK": 64, "STAGES": 3,
-        **warps,
+        "BUFFERS": 4, **warps,
     }  # fmt: skip
     compiled = _compile(outer_kernel, given, constants)
     ptx = compiled.asm["ptx"]

@@ -1,4 +1,4 @@
-"""Bring the rows of a token together again: a weighted sum in float32, no atomics.
+"""Bring tokens into the order of their rows, and the rows of a token together again: no atomics.
 
 T tokens, K experts a token, D hidden size, N routed rows.
 """
@@ -56,6 +56,29 @@ def weight_gradient(
     return out_TK
 
 
+def take(x_TD: torch.Tensor, token_N: torch.Tensor) -> torch.Tensor:
+    """Return x[token_N], contiguous; a row with a token outside [0, T) is some token's."""
+    rows, (tokens, hidden) = token_N.shape[0], x_TD.shape
+    out_ND = x_TD.new_empty(rows, hidden)
+    block = min(triton.next_power_of_2(hidden), 1024)
+    _start_take(
+        (rows, triton.cdiv(hidden, block)), x_TD, token_N, out_ND, tokens, hidden, block,
+        num_warps=max(1, block // 256),
+    )  # fmt: skip
+    return out_ND
+
+
+@triton.jit
+def _take(x_ptr, token_ptr, out_ptr, tokens, hidden, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    token = tl.load(token_ptr + row)
+    token = tl.minimum(tl.maximum(token, 0), tokens - 1).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < hidden
+    value = tl.load(x_ptr + token * hidden + column, mask=inside)
+    tl.store(out_ptr + row.to(tl.int64) * hidden + column, value, mask=inside)
+
+
 @triton.jit
 def _combine(
     y_ptr, inverse_ptr, weights_ptr, out_ptr, hidden,
@@ -89,4 +112,5 @@ def _weight_gradient(
     tl.store(out_ptr + row, tl.sum(value, 1).to(out_ptr.dtype.element_ty), mask=row < rows)
 
 
-_start_combine, _start_weight_gradient = Launcher(_combine), Launcher(_weight_gradient)
+_start_take, _start_combine = Launcher(_take), Launcher(_combine)
+_start_weight_gradient = Launcher(_weight_gradient)

@@ -18,8 +18,6 @@ tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 cp_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
-_OLD_NAME = gl.constexpr(hasattr(gl.shared_memory_descriptor, "_reinterpret"))
-
 HALF = gl.constexpr(64)
 """Rows of a tile that one consumer warpgroup multiplies."""
 CHUNK = gl.constexpr(64)
@@ -37,13 +35,15 @@ def swizzle(tile, tiles_m, tiles_n, group_m):
 
 
 @gluon.jit
-def as_chunks(memory, like, COUNT: gl.constexpr):
-    """See COUNT neighbouring [64, 64] chunks, laid out like `like`, in memory of another shape."""
-    if _OLD_NAME:
-        result = memory._reinterpret(memory.dtype, [COUNT, HALF, CHUNK], like.layout)
-    else:
-        result = memory.reinterpret(memory.dtype, [COUNT, HALF, CHUNK], like.layout)
-    return result
+def look(
+    turn, tiles, tiles_m, tiles_n, group_m, tile_expert_ptr, tile_row_ptr, tile_left_ptr
+):  # fmt: skip
+    """Where this program's tile number `turn` lies: first row, rows left, column tile, expert."""
+    tile = gl.minimum(gl.program_id(0) + turn * gl.num_programs(0), tiles - 1)
+    tile = gl.maximum(tile, 0)
+    m, n = swizzle(tile, tiles_m, tiles_n, group_m)
+    row = gl.load(tile_row_ptr + m)
+    return row, gl.load(tile_left_ptr + m), n, gl.load(tile_expert_ptr + m)
 
 
 @gluon.jit
@@ -131,33 +131,12 @@ def emit(value, buffers, TURN: gl.constexpr, desc, ptr, stride, row, column, val
 
 
 @gluon.jit
-def give(value, ptr, stride, row, column, valid, columns):
-    """Write [64, 32] to (row, column) from registers; the first `valid` of its rows are ours.
-
-    Four neighbouring threads exchange what they hold, so that each writes 16 bytes and the four
-    64: no barrier, and partial tiles are the same code.
-    """
-    layout: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 1], [0, 2], [0, 4], [8, 0]],
-        [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
-        [[16, 0], [32, 0]],
-        [],
-        [64, 32],
-    )
-    value = gl.convert_layout(value, layout)
-    r = gl.arange(0, HALF, layout=gl.SliceLayout(1, layout))
-    c = gl.arange(0, 32, layout=gl.SliceLayout(0, layout))
-    where = ptr + (row + r).to(gl.int64)[:, None] * stride + (column + c)[None, :]
-    gl.store(where, value, mask=(r < valid)[:, None] & (column + c < columns)[None, :])
-
-
-@gluon.jit
 def emit_all(
     parts, buffers, desc, ptr, stride, row, column, valid, columns,
     COUNT: gl.constexpr, TRANSPOSED: gl.constexpr = False,
 ):  # fmt: skip
     """`emit` COUNT chunks side by side (TRANSPOSED: below each other), a bufferful at a time."""
-    AT_ONCE: gl.constexpr = COUNT if COUNT < buffers.shape[0] else buffers.shape[0]
+    AT_ONCE: gl.constexpr = min(COUNT, buffers.shape[0])
     for first in gl.static_range(0, COUNT, AT_ONCE):
         tma.store_wait(0)
         sync()

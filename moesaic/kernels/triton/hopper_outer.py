@@ -59,7 +59,7 @@ def _producer(
     it = 0
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
     r = gl.arange(0, BK, layout=gl.SliceLayout(1, layout))
-    c = gl.arange(0, HALF, layout=gl.SliceLayout(0, layout))
+    c = gl.arange(0, BM, layout=gl.SliceLayout(0, layout))
     tiles = experts * per_expert
     # The first tokens of the next tile are read while this one is loaded; within a tile two steps
     # of them are under way: no copy waits for its row's number.
@@ -87,13 +87,9 @@ def _producer(
             tma_load(b_desc, [row, n * BN], bar, b_smem.index(stage))
             # Rows past the end are copied as zeros: b's rows there are the next expert's.
             if EVEN_M:
-                cp_async(a_smem.index(2 * stage), where, mask=mine)
-                cp_async(a_smem.index(2 * stage + 1), where + HALF, mask=mine)
+                cp_async(a_smem.index(stage), where, mask=mine)
             else:
-                left = M - m * BM
-                cp_async(a_smem.index(2 * stage), where, mask=mine & (c < left)[None, :])
-                right = mine & (c < left - HALF)[None, :]
-                cp_async(a_smem.index(2 * stage + 1), where + HALF, mask=right)
+                cp_async(a_smem.index(stage), where, mask=mine & (c < M - m * BM)[None, :])
             async_copy.mbarrier_arrive(bar, increment_count=False)
             it += 1
         begin, end, m, n = after_begin, after_end, after_m, after_n
@@ -126,7 +122,7 @@ def _consumer(
             stage = it % STAGES
             mbarrier.wait(full.index(stage), (it // STAGES) & 1)
             fence_async_shared()
-            a = a_smem.index(2 * stage + WG).permute((1, 0))
+            a = a_smem.index(stage).slice(WG * HALF, HALF, dim=1).permute((1, 0))
             acc = warpgroup_mma(a, b_smem.index(stage), acc, is_async=True)
             acc = warpgroup_mma_wait(1, deps=(acc,))
             release(empty, it - 1, STAGES, row > begin)
@@ -162,7 +158,7 @@ def outer_kernel(
     out is [E * M, N], or [E * N, M] if TRANSPOSED.
     """
     dtype: gl.constexpr = out_ptr.dtype.element_ty
-    a_smem = gl.allocate_shared_memory(dtype, [2 * STAGES, BK, HALF], b_desc.layout)
+    a_smem = gl.allocate_shared_memory(dtype, [STAGES, BK, BM], b_desc.layout)
     b_smem = gl.allocate_shared_memory(dtype, [STAGES, BK, BN], b_desc.layout)
     buffers0 = gl.allocate_shared_memory(dtype, [BUFFERS, HALF, CHUNK], out_desc.layout)
     buffers1 = gl.allocate_shared_memory(dtype, [BUFFERS, HALF, CHUNK], out_desc.layout)

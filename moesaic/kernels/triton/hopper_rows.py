@@ -3,7 +3,8 @@
 out[s] = a[s] @ weight[expert of s] for S routed rows sorted by expert. Persistent: a program walks
 over tiles of 128 rows. Its producer warps fill a ring of shared memory, weights and contiguous rows
 by tensor-memory copies, gathered rows by cp.async through the token index; two consumer warpgroups
-of 64 rows each run wgmma on it and give the results away while the next tile is being loaded.
+of 64 rows each run wgmma on it and give the results away while the next tile is being loaded. The
+activation's gradient is taken by a fourth group of warps, `hopper_finish`.
 Nothing is padded in memory: the last tile of an expert stores only its own rows, and its second
 warpgroup rests when the rows fit into the first. No atomics: one program writes an element.
 """
@@ -25,49 +26,34 @@ from moesaic.kernels.triton.hopper_common import (
     CHUNK,
     HALF,
     activate,
-    as_chunks,
     chunks,
     cp_async,
     emit,
     emit_all,
-    give,
     halves,
+    look,
     release,
-    swizzle,
     sync,
     tma_load,
 )
-
-
-@gluon.jit
-def _look(
-    turn, tiles, tiles_m, tiles_n, group_m, tile_expert_ptr, tile_row_ptr, tile_left_ptr
-):  # fmt: skip
-    """Where this program's tile number `turn` lies: first row, rows left, column tile, expert."""
-    tile = gl.minimum(gl.program_id(0) + turn * gl.num_programs(0), tiles - 1)
-    tile = gl.maximum(tile, 0)
-    m, n = swizzle(tile, tiles_m, tiles_n, group_m)
-    row = gl.load(tile_row_ptr + m)
-    return row, gl.load(tile_left_ptr + m), n, gl.load(tile_expert_ptr + m)
+from moesaic.kernels.triton.hopper_finish import PART, finish
 
 
 @gluon.jit
 def _tokens(token_ptr, row, left, r):
-    """Tokens of a tile's two halves; past the expert's end its last one, which is never stored."""
-    first = gl.load(token_ptr + row + gl.minimum(r, left - 1))
-    return first, gl.load(token_ptr + row + gl.minimum(r + HALF, left - 1))
+    """Tokens of a tile's rows; past the expert's end its last one, which is never stored."""
+    return gl.load(token_ptr + row + gl.minimum(r, left - 1))
 
 
 @gluon.jit
 def _producer(
-    a_desc, a_ptr, token_ptr, b_desc, h_desc, h2_desc, tile_expert_ptr, tile_row_ptr, tile_left_ptr,
-    count_ptr, a_smem, b_smem, full, empty, N, K, b_rows, second, group_m,
-    GATHER: gl.constexpr, EVEN_K: gl.constexpr, B_KMAJOR: gl.constexpr, EPILOGUE: gl.constexpr,
+    a_desc, a_ptr, token_ptr, b_desc, tile_expert_ptr, tile_row_ptr, tile_left_ptr, count_ptr,
+    a_smem, b_smem, full, empty, N, K, b_rows, second, group_m,
+    GATHER: gl.constexpr, EVEN_K: gl.constexpr, B_KMAJOR: gl.constexpr, PAIR: gl.constexpr,
     BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    PAIR: gl.constexpr = EPILOGUE == "swiglu"
     WIDTH: gl.constexpr = BN // 2 if PAIR else BN
-    A_BYTES: gl.constexpr = HALF * BK * 2
+    A_BYTES: gl.constexpr = 2 * HALF * BK * 2
     B_BYTES: gl.constexpr = BN * BK * 2
     tiles_m = gl.load(count_ptr)
     tiles_n = gl.cdiv(N, WIDTH)
@@ -75,29 +61,26 @@ def _producer(
     it = 0
     tiles = tiles_m * tiles_n
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
-    r = gl.arange(0, HALF, layout=gl.SliceLayout(1, layout))
+    r = gl.arange(0, 2 * HALF, layout=gl.SliceLayout(1, layout))
     c = gl.arange(0, BK, layout=gl.SliceLayout(0, layout))
     # The place of the next tile and its tokens are read while this one is loaded, and the place of
     # the one after: no load ever waits for the number that says what to load.
-    now = _look(0, tiles, tiles_m, tiles_n, group_m, tile_expert_ptr, tile_row_ptr, tile_left_ptr)
-    then = _look(1, tiles, tiles_m, tiles_n, group_m, tile_expert_ptr, tile_row_ptr, tile_left_ptr)
+    now = look(0, tiles, tiles_m, tiles_n, group_m, tile_expert_ptr, tile_row_ptr, tile_left_ptr)
+    then = look(1, tiles, tiles_m, tiles_n, group_m, tile_expert_ptr, tile_row_ptr, tile_left_ptr)
     row, left, column_tile, expert = now
     next_row, next_left, next_column_tile, next_expert = then
     if GATHER:
-        token0, token1 = _tokens(token_ptr, row, left, r)
+        token = _tokens(token_ptr, row, left, r)
     turn = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        after_row, after_left, after_column_tile, after_expert = _look(
+        after_row, after_left, after_column_tile, after_expert = look(
             turn + 2, tiles, tiles_m, tiles_n, group_m, tile_expert_ptr, tile_row_ptr, tile_left_ptr
         )
-        valid = left
-        both = valid > HALF
         b_row = expert * b_rows
         column = column_tile * WIDTH
         if GATHER:
-            a0 = a_ptr + token0.to(gl.int64)[:, None] * K + c[None, :]
-            a1 = a_ptr + token1.to(gl.int64)[:, None] * K + c[None, :]
-            token0, token1 = _tokens(token_ptr, next_row, next_left, r)
+            source = a_ptr + token.to(gl.int64)[:, None] * K + c[None, :]
+            token = _tokens(token_ptr, next_row, next_left, r)
         for k in range(k_tiles):
             stage = it % STAGES
             bar = full.index(stage)
@@ -105,10 +88,8 @@ def _producer(
             if GATHER:
                 mbarrier.expect(bar, B_BYTES)
             else:
-                mbarrier.expect(bar, B_BYTES + 2 * A_BYTES, pred=both)
-                mbarrier.expect(bar, B_BYTES + A_BYTES, pred=valid <= HALF)
-                tma_load(a_desc, [row, k * BK], bar, a_smem.index(2 * stage))
-                tma_load(a_desc, [row + HALF, k * BK], bar, a_smem.index(2 * stage + 1), pred=both)
+                mbarrier.expect(bar, B_BYTES + A_BYTES)
+                tma_load(a_desc, [row, k * BK], bar, a_smem.index(stage))
             if PAIR:
                 b_gate = b_smem.index(stage).slice(0, WIDTH, dim=0)
                 b_up = b_smem.index(stage).slice(WIDTH, WIDTH, dim=0)
@@ -120,32 +101,12 @@ def _producer(
                 tma_load(b_desc, [b_row + k * BK, column], bar, b_smem.index(stage))
             if GATHER:
                 if EVEN_K:
-                    cp_async(a_smem.index(2 * stage), a0)
-                    cp_async(a_smem.index(2 * stage + 1), a1)
+                    cp_async(a_smem.index(stage), source)
                 else:
-                    inside = (k * BK + c < K)[None, :]
-                    cp_async(a_smem.index(2 * stage), a0, mask=inside)
-                    cp_async(a_smem.index(2 * stage + 1), a1, mask=inside)
-                a0 += BK
-                a1 += BK
+                    cp_async(a_smem.index(stage), source, mask=(k * BK + c < K)[None, :])
+                source += BK
                 async_copy.mbarrier_arrive(bar, increment_count=False)
             it += 1
-        if EPILOGUE == "dact":
-            # The rows of h follow through the same ring, a chunk of gate and of up a step.
-            for j in gl.static_range(WIDTH // CHUNK):
-                stage = it % STAGES
-                bar = full.index(stage)
-                mbarrier.wait(empty.index(stage), ((it // STAGES) & 1) ^ 1)
-                mbarrier.expect(bar, 4 * HALF * CHUNK * 2)
-                gate = column + j * CHUNK
-                rest = as_chunks(b_smem.index(stage), a_smem, BN // CHUNK)
-                tma_load(h_desc, [row, gate], bar, a_smem.index(2 * stage))
-                tma_load(h_desc, [row + HALF, gate], bar, a_smem.index(2 * stage + 1))
-                tma_load(h2_desc, [row, gate], bar, rest.index(0))
-                tma_load(h2_desc, [row + HALF, gate], bar, rest.index(1))
-                if GATHER:
-                    async_copy.mbarrier_arrive(bar, increment_count=False)
-                it += 1
         row, left, column_tile, expert = next_row, next_left, next_column_tile, next_expert
         next_row, next_left, next_column_tile = after_row, after_left, after_column_tile
         next_expert = after_expert
@@ -154,9 +115,8 @@ def _producer(
 
 @gluon.jit
 def _tile(
-    a_smem, b_smem, buffers, full, empty, it, row, column, valid, k_tiles, tiles_n, out_ptr,
-    out_desc, out2_ptr, out2_desc, out3_ptr, out3_desc, weight_ptr, partial_ptr, N, out_stride,
-    out3_stride,
+    a_smem, b_smem, buffers, full, empty, ready, free, it, given, row, column, valid, k_tiles,
+    out_ptr, out_desc, out2_ptr, out2_desc, out3_ptr, out3_desc, N, out_stride, out3_stride,
     WG: gl.constexpr, EPILOGUE: gl.constexpr, GATHER: gl.constexpr, B_KMAJOR: gl.constexpr,
     KEEP_H: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
     WIDTH: gl.constexpr, ACTIVATION: gl.constexpr,
@@ -164,7 +124,6 @@ def _tile(
     """Multiply and give away 64 rows of a tile, WIDTH columns of each matrix; return the step."""
     PAIR: gl.constexpr = EPILOGUE == "swiglu"
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
-    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CHUNK, 16])
     dtype: gl.constexpr = out_ptr.dtype.element_ty
     SPLIT: gl.constexpr = PAIR and 2 * WIDTH < BN  # gate and up columns that are not neighbours
     if PAIR and not SPLIT:
@@ -179,7 +138,7 @@ def _tile(
         mbarrier.wait(full.index(stage), (it // STAGES) & 1)
         if GATHER:
             fence_async_shared()
-        a = a_smem.index(2 * stage + WG)
+        a = a_smem.index(stage).slice(WG * HALF, HALF, dim=0)
         if SPLIT:
             b_gate = b_smem.index(stage).slice(0, WIDTH, dim=0).permute((1, 0))
             b_up = b_smem.index(stage).slice(BN // 2, WIDTH, dim=0).permute((1, 0))
@@ -224,43 +183,19 @@ def _tile(
             value = (act * ups[j].to(gl.float32)).to(dtype)
             emit(value, buffers, 3 * j + 2, out3_desc, out3_ptr, out3_stride, row, at, valid, N)
     else:
-        small: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CHUNK // 2, 16])
-        r = gl.arange(0, HALF, layout=gl.SliceLayout(1, small))
-        weight = gl.load(weight_ptr + row + gl.minimum(r, valid - 1))[:, None]
-        part = gl.zeros((HALF,), gl.float32, layout=gl.SliceLayout(1, small))
-        parts = chunks(acc)
-        for j in gl.static_range(BN // CHUNK):
-            stage = it % STAGES
-            mbarrier.wait(full.index(stage), (it // STAGES) & 1)
-            if j < COUNT:
-                rest = as_chunks(b_smem.index(stage), a_smem, BN // CHUNK)
-                gates = halves(a_smem.index(2 * stage + WG).load(narrow))
-                ups = halves(rest.index(WG).load(narrow))
-                das = halves(parts[j])
-            release(empty, it, STAGES, True)
-            it += 1
-            if j < COUNT:
-                for i in gl.static_range(2):  # half a chunk at a time: there are no more registers
-                    at = column + j * CHUNK + i * (CHUNK // 2)
-                    gate = gl.convert_layout(gates[i], small).to(gl.float32)
-                    up = gl.convert_layout(ups[i], small).to(gl.float32)
-                    da = gl.convert_layout(das[i], small)
-                    act, slope = activate(gate, ACTIVATION)
-                    value = act * up
-                    # Columns past the width are zero on both sides: they add nothing.
-                    part += gl.sum(da * value, axis=1)
-                    give((value * weight).to(dtype), out3_ptr, out3_stride, row, at, valid, N)
-                    da = da * weight
-                    give((da * act).to(dtype), out2_ptr, out_stride, row, at, valid, N)
-                    give((da * up * slope).to(dtype), out_ptr, out_stride, row, at, valid, N)
-        gl.store(partial_ptr + (row + r) * tiles_n + column // BN, part, mask=r < valid)
+        parts = chunks(acc.to(dtype))
+        mbarrier.wait(free.index(WG), (given & 1) ^ 1)
+        for j in gl.static_range(COUNT):
+            buffers.index(WG * (BN // CHUNK) + j).store(parts[j])
+        sync()
+        mbarrier.arrive(ready.index(WG), count=1)
     return it
 
 
 @gluon.jit
 def _consumer(
-    a_smem, b_smem, buffers, full, empty, tile_expert_ptr, tile_row_ptr, tile_left_ptr, count_ptr,
-    out_ptr, out_desc, out2_ptr, out2_desc, out3_ptr, out3_desc, weight_ptr, partial_ptr, N, K,
+    a_smem, b_smem, buffers, full, empty, ready, free, tile_expert_ptr, tile_row_ptr,
+    tile_left_ptr, count_ptr, out_ptr, out_desc, out2_ptr, out2_desc, out3_ptr, out3_desc, N, K,
     out_stride, out3_stride, group_m,
     WG: gl.constexpr, EPILOGUE: gl.constexpr, GATHER: gl.constexpr, B_KMAJOR: gl.constexpr,
     KEEP_H: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
@@ -273,39 +208,41 @@ def _consumer(
     k_tiles = gl.cdiv(K, BK)
     it = 0
     tiles = tiles_m * tiles_n
-    first, left, column_tile, _ = _look(
+    first, left, column_tile, _ = look(
         0, tiles, tiles_m, tiles_n, group_m, tile_expert_ptr, tile_row_ptr, tile_left_ptr
     )
     turn = 0
+    given = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         turn += 1
-        next_first, next_left, next_column_tile, _ = _look(
+        next_first, next_left, next_column_tile, _ = look(
             turn, tiles, tiles_m, tiles_n, group_m, tile_expert_ptr, tile_row_ptr, tile_left_ptr
         )
         row = first + WG * HALF
         valid = left - WG * HALF
         column = column_tile * WIDTH
         if valid <= 0:
-            STEPS: gl.constexpr = BN // CHUNK if EPILOGUE == "dact" else 0
-            for k in range(k_tiles + STEPS):
+            for k in range(k_tiles):
                 mbarrier.wait(full.index(it % STAGES), (it // STAGES) & 1)
                 release(empty, it, STAGES, True)
                 it += 1
         elif N - column > NARROW or NARROW == WIDTH:
             it = _tile(
-                a_smem, b_smem, buffers, full, empty, it, row, column, valid, k_tiles, tiles_n,
-                out_ptr, out_desc, out2_ptr, out2_desc, out3_ptr, out3_desc, weight_ptr,
-                partial_ptr, N, out_stride, out3_stride,
+                a_smem, b_smem, buffers, full, empty, ready, free, it, given, row, column, valid,
+                k_tiles, out_ptr, out_desc, out2_ptr, out2_desc, out3_ptr, out3_desc, N,
+                out_stride, out3_stride,
                 WG, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES, WIDTH, ACTIVATION,
             )  # fmt: skip
+            given += 1
         else:
             # The last columns fit into half the width: half the products.
             it = _tile(
-                a_smem, b_smem, buffers, full, empty, it, row, column, valid, k_tiles, tiles_n,
-                out_ptr, out_desc, out2_ptr, out2_desc, out3_ptr, out3_desc, weight_ptr,
-                partial_ptr, N, out_stride, out3_stride,
+                a_smem, b_smem, buffers, full, empty, ready, free, it, given, row, column, valid,
+                k_tiles, out_ptr, out_desc, out2_ptr, out2_desc, out3_ptr, out3_desc, N,
+                out_stride, out3_stride,
                 WG, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES, NARROW, ACTIVATION,
             )  # fmt: skip
+            given += 1
         first, left, column_tile = next_first, next_left, next_column_tile
     if EPILOGUE != "dact":
         tma.store_wait(0)
@@ -314,12 +251,12 @@ def _consumer(
 @gluon.jit(do_not_specialize=["group_m"])
 def rows_kernel(
     a_desc, a_ptr, token_ptr, b_desc, out_ptr, out_desc, out2_ptr, out2_desc, out3_ptr, out3_desc,
-    h_desc, h2_desc, weight_ptr, partial_ptr, tile_expert_ptr, tile_row_ptr, tile_left_ptr,
+    h_desc, weight_ptr, partial_ptr, tile_expert_ptr, tile_row_ptr, tile_left_ptr,
     count_ptr, N, K, b_rows, second, out_stride, out3_stride, group_m,
     EPILOGUE: gl.constexpr, GATHER: gl.constexpr, EVEN_K: gl.constexpr, B_KMAJOR: gl.constexpr,
     KEEP_H: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
     BUFFERS: gl.constexpr, ACTIVATION: gl.constexpr, PRODUCER_WARPS: gl.constexpr,
-    CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
+    CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr, FINISHER_REGS: gl.constexpr,
 ):  # fmt: skip
     """One of the four products along rows.
 
@@ -329,43 +266,87 @@ def rows_kernel(
     of each tile. N counts the columns of `out`; `second` is the distance of the up rows from the
     gate rows; `b_rows` the rows of B an expert has.
     """
+    PAIR: gl.constexpr = EPILOGUE == "swiglu"
     dtype: gl.constexpr = a_ptr.dtype.element_ty
     swizzled: gl.constexpr = b_desc.layout
-    a_smem = gl.allocate_shared_memory(dtype, [2 * STAGES, HALF, BK], swizzled)
+    a_smem = gl.allocate_shared_memory(dtype, [STAGES, 2 * HALF, BK], swizzled)
     if B_KMAJOR:
         b_smem = gl.allocate_shared_memory(dtype, [STAGES, BN, BK], swizzled)
     else:
         b_smem = gl.allocate_shared_memory(dtype, [STAGES, BK, BN], swizzled)
-    buffers0 = gl.allocate_shared_memory(dtype, [BUFFERS, HALF, CHUNK], swizzled)
-    buffers1 = gl.allocate_shared_memory(dtype, [BUFFERS, HALF, CHUNK], swizzled)
+    # The finisher sees both consumers' buffers as one.
+    TOGETHER: gl.constexpr = 2 * BUFFERS if EPILOGUE == "dact" else BUFFERS
+    buffers0 = gl.allocate_shared_memory(dtype, [TOGETHER, HALF, CHUNK], swizzled)
+    if EPILOGUE != "dact":
+        buffers1 = gl.allocate_shared_memory(dtype, [BUFFERS, HALF, CHUNK], swizzled)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     # Every gathering thread arrives when its copies have, and tensor memory counts for one.
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1 + (32 * PRODUCER_WARPS if GATHER else 0))
         mbarrier.init(empty.index(i), count=2)
+    for i in gl.static_range(2):
+        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(free.index(i), count=1)
+    if EPILOGUE == "dact":
+        h_smem = gl.allocate_shared_memory(dtype, [4, PART, CHUNK], swizzled)
+        fetched = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(2):
+            mbarrier.init(fetched.index(i), count=1)
     fence_async_shared()
     sync()
-    gl.warp_specialize(
-        [
-            (_consumer, (
-                a_smem, b_smem, buffers0, full, empty, tile_expert_ptr, tile_row_ptr, tile_left_ptr,
-                count_ptr, out_ptr, out_desc, out2_ptr, out2_desc, out3_ptr, out3_desc, weight_ptr,
-                partial_ptr, N, K, out_stride, out3_stride, group_m,
-                0, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES, ACTIVATION,
-            )),
-            (_consumer, (
-                a_smem, b_smem, buffers1, full, empty, tile_expert_ptr, tile_row_ptr, tile_left_ptr,
-                count_ptr, out_ptr, out_desc, out2_ptr, out2_desc, out3_ptr, out3_desc, weight_ptr,
-                partial_ptr, N, K, out_stride, out3_stride, group_m,
-                1, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES, ACTIVATION,
-            )),
-            (_producer, (
-                a_desc, a_ptr, token_ptr, b_desc, h_desc, h2_desc, tile_expert_ptr, tile_row_ptr,
-                tile_left_ptr, count_ptr, a_smem, b_smem, full, empty, N, K, b_rows, second,
-                group_m, GATHER, EVEN_K, B_KMAJOR, EPILOGUE, BN, BK, STAGES,
-            )),
-        ],
-        [4, PRODUCER_WARPS],
-        [CONSUMER_REGS, PRODUCER_REGS],
-    )  # fmt: skip
+    if EPILOGUE == "dact":
+        gl.warp_specialize(
+            [
+                (_consumer, (
+                    a_smem, b_smem, buffers0, full, empty, ready, free, tile_expert_ptr,
+                    tile_row_ptr, tile_left_ptr, count_ptr, out_ptr, out_desc, out2_ptr,
+                    out2_desc, out3_ptr, out3_desc, N, K, out_stride, out3_stride, group_m,
+                    0, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES, ACTIVATION,
+                )),
+                (_consumer, (
+                    a_smem, b_smem, buffers0, full, empty, ready, free, tile_expert_ptr,
+                    tile_row_ptr, tile_left_ptr, count_ptr, out_ptr, out_desc, out2_ptr,
+                    out2_desc, out3_ptr, out3_desc, N, K, out_stride, out3_stride, group_m,
+                    1, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES, ACTIVATION,
+                )),
+                (_producer, (
+                    a_desc, a_ptr, token_ptr, b_desc, tile_expert_ptr, tile_row_ptr, tile_left_ptr,
+                    count_ptr, a_smem, b_smem, full, empty, N, K, b_rows, second, group_m,
+                    GATHER, EVEN_K, B_KMAJOR, PAIR, BN, BK, STAGES,
+                )),
+                (finish, (
+                    buffers0, ready, free, h_smem, fetched, tile_expert_ptr, tile_row_ptr,
+                    tile_left_ptr, count_ptr, h_desc, out_ptr, out2_ptr, out3_ptr, weight_ptr,
+                    partial_ptr, N, out_stride, out3_stride, group_m, BN, ACTIVATION,
+                )),
+            ],
+            [4, PRODUCER_WARPS, 2],
+            [CONSUMER_REGS, PRODUCER_REGS, FINISHER_REGS],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_consumer, (
+                    a_smem, b_smem, buffers0, full, empty, ready, free, tile_expert_ptr,
+                    tile_row_ptr, tile_left_ptr, count_ptr, out_ptr, out_desc, out2_ptr,
+                    out2_desc, out3_ptr, out3_desc, N, K, out_stride, out3_stride, group_m,
+                    0, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES, ACTIVATION,
+                )),
+                (_consumer, (
+                    a_smem, b_smem, buffers1, full, empty, ready, free, tile_expert_ptr,
+                    tile_row_ptr, tile_left_ptr, count_ptr, out_ptr, out_desc, out2_ptr,
+                    out2_desc, out3_ptr, out3_desc, N, K, out_stride, out3_stride, group_m,
+                    1, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES, ACTIVATION,
+                )),
+                (_producer, (
+                    a_desc, a_ptr, token_ptr, b_desc, tile_expert_ptr, tile_row_ptr, tile_left_ptr,
+                    count_ptr, a_smem, b_smem, full, empty, N, K, b_rows, second, group_m,
+                    GATHER, EVEN_K, B_KMAJOR, PAIR, BN, BK, STAGES,
+                )),
+            ],
+            [4, PRODUCER_WARPS],
+            [CONSUMER_REGS, PRODUCER_REGS],
+        )  # fmt: skip

@@ -15,6 +15,7 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from moesaic.kernels.reference import Activation
+from moesaic.kernels.triton.combine import take
 from moesaic.kernels.triton.hopper_outer import outer_kernel
 from moesaic.kernels.triton.hopper_rows import rows_kernel
 from moesaic.kernels.triton.launch import Launcher
@@ -41,6 +42,8 @@ class Launch:
     """Row tiles that walk over the same columns before the next columns are read."""
     buffers: int = 4
     """Chunks of 64 columns that a warpgroup gives away at once; `up` takes two."""
+    copy: bool = False
+    """Bring the rows of the per-token matrix into order first, instead of gathering them."""
     persistent: bool = True
     """One program a multiprocessor that walks over tiles, or one program a tile."""
 
@@ -68,12 +71,15 @@ def _programs(device: torch.device, tiles: int, launch: Launch) -> int:
     return max(1, min(tiles, _processors(device)) if launch.persistent else tiles)
 
 
-def _warps(*, gather: bool) -> tuple[int, int, int]:
-    """Producer warps, and registers of a consumer's and a producer's thread.
+def _warps(*, gather: bool, finish: bool = False) -> tuple[int, int, int, int]:
+    """Producer warps, and registers of a consumer's, a producer's and a finisher's thread.
 
-    A producer that gathers computes addresses.
+    A producer that gathers computes addresses. With more than 12 warps a program the assembler
+    refuses the accumulators.
     """
-    return (4, 224, 56) if gather else (1, 232, 40)
+    if finish:
+        return 2, 168, 168, 168
+    return (4, 224, 56, 0) if gather else (1, 232, 40, 0)
 
 
 def _cut(n: int, by: int) -> int:
@@ -97,26 +103,24 @@ def _rows(
     out2: torch.Tensor | None = None,
     out3: torch.Tensor | None = None,
     h: torch.Tensor | None = None,
-    h2: torch.Tensor | None = None,
     weight: torch.Tensor | None = None,
     partial: torch.Tensor | None = None,
 ) -> None:
     """Multiply a [rows, K] by b (one matrix an expert); the rest has the kernel's names."""
     width = launch.width // 2 if epilogue == "swiglu" else launch.width
     flat = b.view(-1, b.shape[-1])
-    dact = epilogue == "dact"  # whose results leave from registers
+    dact = epilogue == "dact"  # whose results do not leave by tensor memory
     outputs: list[Any] = []
     for tensor in (out, out2, out3):
         outputs += [tensor, None if tensor is None or dact else _descriptor(tensor, 64, 64)]
     _start_rows(
         (_programs(a.device, routing.most_tiles * _cut(columns, width), launch),),
-        None if gather else _descriptor(a, 64, BK),
+        None if gather else _descriptor(a, TILE_ROWS, BK),
         a,
         routing.token_N,
         _descriptor(flat, width, BK) if k_major else _descriptor(flat, BK, width),
         *outputs,
-        None if h is None else _descriptor(h, 64, 64),
-        None if h2 is None else _descriptor(h2, 64, 64),
+        None if h is None else _descriptor(h, 32, 64),
         weight,
         partial,
         routing.tile_expert,
@@ -138,10 +142,15 @@ def _rows(
         launch.width,
         BK,
         launch.stages,
-        {"plain": launch.buffers, "swiglu": 2, "dact": 1}[epilogue],
+        2 if epilogue == "swiglu" else launch.buffers,
         activation,
-        *_warps(gather=gather),
+        *_warps(gather=gather, finish=dact),
     )
+
+
+def _source(x_TD: torch.Tensor, routing: Routing, launch: Launch) -> tuple[torch.Tensor, bool]:
+    """Return the matrix that a product reads, and whether through the tokens of its rows."""
+    return (take(x_TD, routing.token_N), False) if launch.copy else (x_TD, True)
 
 
 def up(
@@ -158,9 +167,10 @@ def up(
     a_NI = x_TD.new_empty(rows, width)
     h_NJ = x_TD.new_empty(rows, 2 * width) if keep_h else None
     halves = (a_NI, a_NI) if h_NJ is None else (h_NJ[:, :width], h_NJ[:, width:])
+    source, gather = _source(x_TD, routing, launch)
     _rows(
-        x_TD, gate_up_EJD, routing, launch,
-        epilogue="swiglu", gather=True, k_major=True, columns=width, second=width, keep_h=keep_h,
+        source, gate_up_EJD, routing, launch,
+        epilogue="swiglu", gather=gather, k_major=True, columns=width, second=width, keep_h=keep_h,
         activation=activation, out=halves[0], out2=halves[1], out3=a_NI,
     )  # fmt: skip
     return a_NI, h_NJ
@@ -208,11 +218,12 @@ def activation_gradient(
     partial = torch.empty(
         h_NJ.shape[0], _cut(width, launch.width), dtype=torch.float32, device=h_NJ.device
     )
+    source, gather = _source(grad_TD, routing, launch)
     _rows(
-        grad_TD, down_EDI, routing, launch,
-        epilogue="dact", gather=True, k_major=False, columns=width, activation=activation,
+        source, down_EDI, routing, launch,
+        epilogue="dact", gather=gather, k_major=False, columns=width, activation=activation,
         out=dh_NJ[:, :width], out2=dh_NJ[:, width:], out3=wa_NI,
-        h=h_NJ[:, :width], h2=h_NJ[:, width:], weight=routing.weight_N, partial=partial,
+        h=h_NJ, weight=routing.weight_N, partial=partial,
     )  # fmt: skip
     return dh_NJ, wa_NI, partial
 
@@ -251,6 +262,6 @@ def outer(
         BK,
         launch.stages,
         launch.buffers,
-        *_warps(gather=True),
+        *_warps(gather=True)[:3],
     )
     return out

@@ -25,13 +25,18 @@ from moesaic.core.files import write_text
 from moesaic.kernels import options
 from moesaic.kernels.triton.products import Launch
 
-_GATHERED = tuple(Launch(256, 4, group_m) for group_m in (8, 2, 32))
 _CONTIGUOUS = tuple(Launch(256, 3, group_m) for group_m in (8, 1, 32))
-_OUTER = tuple(Launch(256, 3, group_m) for group_m in (8, 2, 1, 32))
+_OUTER = (
+    *(Launch(256, 3, group_m) for group_m in (8, 2, 1)),
+    *(Launch(256, 4, group_m, buffers=2) for group_m in (8, 1)),
+)
 CANDIDATES: dict[str, tuple[Launch, ...]] = {
-    "up": _GATHERED,
+    "up": (*(Launch(256, 4, group_m) for group_m in (8, 2, 32)), Launch(256, 4, 8, copy=True)),
     "down": _CONTIGUOUS,
-    "activation_gradient": _GATHERED,
+    "activation_gradient": (
+        *(Launch(256, 3, group_m) for group_m in (8, 2, 32)),
+        Launch(256, 3, 8, copy=True),
+    ),
     "x_gradient": _CONTIGUOUS,
     "up_gradient": _OUTER,
     "down_gradient": _OUTER,
