@@ -184,6 +184,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--preset", default="mixtral-1b")
     parser.add_argument("--set", action="append", default=[], help="config.x=y of the preset")
+    parser.add_argument("--only", choices=["pairs", "record"], help="both parts by default")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--pairs", type=int, default=20)
@@ -208,13 +209,13 @@ def main() -> None:
         "with logits": lambda: moesaic.recording(model),
         "nothing": nullcontext,  # nothing is recorded: what the clock itself says
     }
-    for what, recording in recordings.items():
-        save(what, compare(model, ids, recording, options.pairs))
-    save("reading", reading(options.tokens, options.sample_length))
-    save(
-        "route record",
-        throughput(model, options.tokens, options.sample_length, options.sample_batch),
-    )
+    if options.only != "record":
+        for what, recording in recordings.items():
+            save(what, compare(model, ids, recording, options.pairs))
+    if options.only != "pairs":
+        of_text = options.tokens, options.sample_length
+        save("route record", throughput(model, *of_text, options.sample_batch))
+        save("reading", reading(*of_text))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,8 +21,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import AutoModelForCausalLM
 
-from moesaic.construct.scratch import init
+from moesaic.construct.scratch import model_config, read_preset
 from moesaic.data import MixtureStream, TokenDomain
 from moesaic.models.anatomy import anatomy
 from moesaic.models.load import load
@@ -82,12 +82,15 @@ def main() -> None:
     args = parser.parse_args()
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(args.model)
-        if not path.is_dir():
-            path = init(args.model, out=Path(folder) / "model")
-        dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-        model: Any = load(path, dtype=dtype).to(device).train()
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    model: Any
+    if Path(args.model).is_dir():
+        model = load(Path(args.model), dtype=dtype).to(device)
+    else:
+        with torch.device(device):
+            config = model_config(read_preset(args.model))
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.train()
     counts = anatomy(model)
     tokens = args.sequences * args.block
     peak = peak_flops(device, None)
@@ -105,7 +108,7 @@ def main() -> None:
     domain = TokenDomain.from_documents("random", documents, bos=1, eos=0)
 
     ways = ["eager"] if args.eager_only else ["eager", "compiled"]
-    for experts, way in itertools.product(args.experts or [None], ways):
+    for way, experts in itertools.product(ways, args.experts or [None]):
         if experts is not None:
             model.set_experts_implementation(experts)
         torch.compiler.reset()
@@ -131,12 +134,13 @@ def main() -> None:
             run_update(run_pass, optimizer, ids, autocast=autocast)
 
         name = way if experts is None else f"{experts} {way}"
-        for label, update in ((name, fixed), (f"{name} + data thread", drawn)):
+        rows = [(name, fixed)] if experts else [(name, fixed), (f"{name} + data thread", drawn)]
+        for label, update in rows:
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
             wall = time_updates(update, device, args.updates)
             memory = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0
-            kernels = busy(update, device, args.updates)
+            kernels = busy(update, device, min(3, args.updates))
             speed = 1e3 * tokens / wall
             mfu = "n/a" if peak is None else f"{6 * counts.params_active * speed / peak:.2%}"
             ran = "n/a" if kernels is None else f"{kernels:.2f}"

@@ -18,7 +18,7 @@ ROWS = {  # name: epilogue, gathered, weights K-major, ring stages
     "up": ("swiglu", True, True, 4),
     "down": ("plain", False, True, 3),
     "dx": ("plain", False, False, 3),
-    "activation_gradient": ("dact", True, False, 4),
+    "activation_gradient": ("dact", True, False, 3),
 }
 
 
@@ -94,8 +94,7 @@ def test_products_along_rows_compile_for_hopper(name, activation, tmp_path):
     assert "cp.async.bulk.tensor" in ptx
     assert ("cp.async.cg" in ptx) == gather
     assert compiled.metadata.shared <= 227 * 1024
-    # The activation's gradient keeps a few numbers of its outer loop in memory, no product waits.
-    assert _stack(compiled, tmp_path) <= (160 if epilogue == "dact" else 0)
+    assert _stack(compiled, tmp_path) == 0
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -308,3 +307,53 @@ def test_launches_are_remembered(tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "_known", {})
     assert tune._launches(torch.device("cuda", 0)) == {}
     tune._file.cache_clear()
+
+
+@pytest.mark.gpu
+def test_every_launch_gives_the_same_bits(tmp_path, monkeypatch):
+    from moesaic.kernels.triton import tune
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tensors, ids, grad = _problem(700, 576, 704, 6, 3)
+    found = []
+    for turn in range(max(map(len, tune.CANDIDATES.values()))):
+        one = {name: (known[turn % len(known)],) for name, known in tune.CANDIDATES.items()}
+        tune._file.cache_clear()
+        monkeypatch.setattr(tune, "_known", {})
+        monkeypatch.setattr(tune, "CANDIDATES", one)
+        found.append(_both(_fused(ids), tensors, grad))
+        (tmp_path / "moesaic").rename(tmp_path / f"moesaic-{turn}")
+        monkeypatch.undo()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tune._file.cache_clear()
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.gpu
+def test_a_retained_graph_gives_the_same_gradients_again():
+    tensors, ids, grad = _problem(700, 256, 192, 6, 3)
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    out = _fused(ids)(*leaves)
+    first = torch.autograd.grad(out, leaves, grad, retain_graph=True)
+    for _ in range(2):
+        again = torch.autograd.grad(out, leaves, grad, retain_graph=True)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.gpu
+def test_memory_is_what_is_saved_and_the_gradients():
+    tensors, ids, grad = _problem(8192, 1024, 768, 16, 4)
+    _both(_fused(ids), tensors, grad)  # compiles and measures
+    x, gate_up, down, weights = (t.detach().requires_grad_() for t in tensors)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = _fused(ids)(x, gate_up, down, weights)
+    out.backward(grad)
+    peak = torch.cuda.max_memory_allocated() - before
+    rows, width = ids.numel(), down.shape[2]
+    saved = 2 * rows * 2 * width  # h; the input was there before
+    gradients = sum(t.numel() * t.element_size() for t in tensors)
+    working = 2 * rows * 1024 + 2 * rows * width  # a row's gradient, and its weighted activation
+    assert peak < 1.05 * (saved + gradients + working + 2 * x.numel())

@@ -6,7 +6,8 @@ Forward: routing metadata, h and a = act(gate) * up in one product with the gath
 activation behind it, y = a @ down, weighted sum over a token's rows. Kept for the backward pass: x
 and h (2D + 4KI bytes a token in bf16) and the metadata. Backward: one product gives dh, weight * a
 and the routing weights' gradient; the two weight gradients gather x and the output's gradient
-inside; dx is summed over a token's rows. The algebra is that of SonicMoE (arXiv 2512.14080, section
+inside; dx is summed over a token's rows. dh takes the place of h, which a second pass through the
+same graph computes anew. The algebra is that of SonicMoE (arXiv 2512.14080, section
 4); kernels and code are our own.
 
 On Hopper the products are those of `products`, elsewhere those of `portable`; a few tokens without
@@ -16,7 +17,7 @@ gradient take `decode`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -97,12 +98,13 @@ class _Products:
         return self._run("down", "rows", a, weight, transposed=True)
 
     def activation_gradient(
-        self, grad: torch.Tensor, down: torch.Tensor, h: torch.Tensor, *, clear: bool
+        self, grad: torch.Tensor, down: torch.Tensor, h: torch.Tensor, *, clear: bool, spend: bool
     ) -> Any:
+        """`spend`: dh may take the place of h."""
         name = "activation_gradient"
         how: dict[str, Any] = {"activation": self.activation}
         if self._hopper:
-            how["clear"] = clear
+            how |= {"clear": clear, "finally_": {"in_place": spend and not clear}}
         return self._run(name, name, grad, down, h, **how)
 
     def x_gradient(self, dh: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -114,17 +116,26 @@ class _Products:
     def down_gradient(self, grad: torch.Tensor, wa: torch.Tensor) -> torch.Tensor:
         return self._run("down_gradient", "outer", grad, wa, transposed=False)
 
-    def _run(self, product: str, function: str, *tensors: torch.Tensor, **how: Any) -> Any:
+    def _run(
+        self,
+        product: str,
+        function: str,
+        *tensors: torch.Tensor,
+        finally_: Mapping[str, Any] | None = None,
+        **how: Any,
+    ) -> Any:
+        """`finally_`: arguments of the call whose result counts, not of those that are timed."""
         if not self._hopper:
             return getattr(portable, function)(*tensors, self.routing, **how)
         from moesaic.kernels.triton import products, tune  # Gluon: not on every Triton
 
         run: Callable[..., Any] = getattr(products, function)
-        return tune.fastest(
+        launch = tune.fastest(
             product,
             lambda launch: run(*tensors, self.routing, launch, **how),
             **self._about,
         )
+        return run(*tensors, self.routing, launch, **how, **(finally_ or {}))
 
 
 def _forward(
@@ -182,22 +193,28 @@ def _no_weights(like: torch.Tensor) -> torch.Tensor:
 
 def _backward(
     grad_TD: torch.Tensor,
-    saved: Sequence[torch.Tensor],
+    saved: Sequence[Any],
     needs: Sequence[bool],
     activation: Activation,
     sentinels: bool,
+    *,
+    spend: bool = False,
 ) -> list[torch.Tensor | None]:
-    """Return the gradients of x, gate_up, down and the routing weights; None where not `needs`."""
+    """Return the gradients of x, gate_up, down and the routing weights; None where not `needs`.
+
+    `spend`: the saved h may be overwritten.
+    """
     with _on(grad_TD.device):
-        return _backward_here(grad_TD, saved, needs, activation, sentinels)
+        return _backward_here(grad_TD, saved, needs, activation, sentinels, spend)
 
 
 def _backward_here(
     grad_TD: torch.Tensor,
-    saved: Sequence[torch.Tensor],
+    saved: Sequence[Any],
     needs: Sequence[bool],
     activation: Activation,
     sentinels: bool,
+    spend: bool,
 ) -> list[torch.Tensor | None]:
     x_TD, gate_up_EJD, down_EDI, weights_TK, h_NJ, ints, weight_N = saved
     needs_x, needs_gate_up, needs_down, needs_weights = needs
@@ -207,7 +224,12 @@ def _backward_here(
     multiply = _Products(routing, x_TD, width, activation)
     grad_TD = grad_TD.contiguous()
     d_x = d_gate_up = d_down = d_weights = None
-    dh_NJ, wa_NI, partial = multiply.activation_gradient(grad_TD, down_EDI, h_NJ, clear=sentinels)
+    if h_NJ is None:
+        h_NJ = multiply.up(x_TD, gate_up_EJD, keep_h=True)[1]
+    dh_NJ, wa_NI, partial = multiply.activation_gradient(
+        grad_TD, down_EDI, h_NJ, clear=sentinels, spend=spend
+    )
+    del h_NJ
     if needs_weights:
         d_weights = weight_gradient(partial, routing.inverse_N, torch.empty_like(weights_TK))
     del partial
@@ -247,7 +269,11 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        gradients = _backward(grad_TD, ctx.saved_tensors, _needs(ctx), *ctx.how)
+        saved = list(ctx.saved_tensors)
+        if getattr(ctx, "spent", False):  # a second pass through a retained graph
+            saved[4] = None
+        ctx.spent = True
+        gradients = _backward(grad_TD, saved, _needs(ctx), *ctx.how, spend=True)
         d_x, d_gate_up, d_down, d_weights = gradients
         return d_x, d_gate_up, d_down, None, d_weights, None, None, None
 

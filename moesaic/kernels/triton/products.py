@@ -203,18 +203,19 @@ def activation_gradient(
     *,
     activation: Activation = "silu",
     clear: bool = False,
+    in_place: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return dh, weight * a, and partial sums [N, tiles] of the routing weights' gradient.
+
+    `in_place`: dh is written over h, chunk by chunk after it was read.
 
     `clear`: rows of nobody are zeros; `outer` reads up to 63 rows past an expert's end and
     multiplies them by zero, which unwritten memory need not survive.
     """
     width = down_EDI.shape[2]
-    empty = torch.zeros if clear else torch.empty
-    dh_NJ, wa_NI = (
-        empty(h_NJ.shape[0], columns, dtype=h_NJ.dtype, device=h_NJ.device)
-        for columns in (2 * width, width)
-    )
+    new = h_NJ.new_zeros if clear else h_NJ.new_empty
+    dh_NJ = h_NJ if in_place else new(h_NJ.shape)
+    wa_NI = new(h_NJ.shape[0], width)
     partial = torch.empty(
         h_NJ.shape[0], _cut(width, launch.width), dtype=torch.float32, device=h_NJ.device
     )

@@ -54,8 +54,11 @@ def fastest(
     rows: int,
     dtype: torch.dtype,
     device: torch.device,
-) -> Any:
-    """Return `run(launch)` with the fastest launch of `product` for this shape (D, I, E)."""
+) -> Launch:
+    """Return the fastest launch of `product` for this shape (D, I, E).
+
+    `run(launch)` computes the product on the real input, as often as a measurement needs it.
+    """
     key = _key(product, shape, rows, dtype)
     launches = _launches(device)
     launch = launches.get(key)
@@ -65,9 +68,7 @@ def fastest(
         else:
             launch = launches[key] = _measure(CANDIDATES[product], run)
             _remember(device)
-    if not options.current().persistent:
-        launch = replace(launch, persistent=False)
-    return run(launch)
+    return launch if options.current().persistent else replace(launch, persistent=False)
 
 
 def _key(product: str, shape: Sequence[int], rows: int, dtype: torch.dtype) -> str:
