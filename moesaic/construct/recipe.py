@@ -44,7 +44,7 @@ class Recipe(Config):
     refit: Choice | None = "down"
     """How the dropped experts are made up for in closed form; null: not at all."""
     refine: Choice | None = None
-    """`layerwise`: distil each layer from the dense one (gradients inside a layer only)."""
+    """`layerwise`: train each layer towards the dense model's stream, one after the other."""
     attention: float | None = Field(default=1.0, ge=0, le=1)
     """Refit the attention's output projection too, so far towards the dense stream; null: no."""
     experts: int = Field(default=8, ge=1)

@@ -34,7 +34,7 @@ class Distillation(Config):
     """Frozen dense layers behind the layer, whose outputs are compared as well."""
     batch: int = Field(default=8192, ge=1)
     """Tokens of a step, in whole rows of text."""
-    learning_rate: float = Field(default=1e-3, gt=0)
+    learning_rate: float = Field(default=5e-4, gt=0)
     """Highest rate of Adam; warms up over a twentieth of the steps and falls as a cosine."""
 
     def on(self, device: torch.device) -> Distillation:
@@ -129,11 +129,10 @@ class _Stepper:
         graph: bool,
     ) -> None:
         self._loss, self._some_B, self._peak = loss, example_B, learning_rate
-        self._rate = torch.tensor(learning_rate, device=example_B.device)
         on_gpu = example_B.is_cuda
         self._optimizer = torch.optim.Adam(
             block.parameters(),
-            lr=self._rate if on_gpu else learning_rate,
+            lr=torch.tensor(learning_rate, device=example_B.device) if on_gpu else learning_rate,
             betas=(0.9, 0.98),
             eps=1e-10,  # the loss is a share: gradients are small
             capturable=on_gpu,
@@ -146,13 +145,15 @@ class _Stepper:
     def step(self, some_B: torch.Tensor, rate: float) -> None:
         """One step on these rows, at a share of the highest rate."""
         self._some_B.copy_(some_B)
-        self._rate.fill_(self._peak * rate)
-        if self._graph is not None:
+        group = self._optimizer.param_groups[0]
+        if some_B.is_cuda:
+            group["lr"].fill_(self._peak * rate)  # where a captured step reads it
+        else:
+            group["lr"] = self._peak * rate
+        if self._graph is None:
+            self._once()
+        else:
             self._graph.replay()
-            return
-        if not some_B.is_cuda:
-            self._optimizer.param_groups[0]["lr"] = self._peak * rate
-        self._once()
 
     def _once(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
