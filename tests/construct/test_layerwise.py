@@ -120,7 +120,8 @@ def test_every_family_is_refined_and_the_file_holds_it(kind, tmp_path):
 @torch.no_grad()
 def _stream(place, rows_BC):
     """What reaches the last norm of the model in a file."""
-    model = moesaic.load(place, dtype=torch.float32).eval()
+    # eager: some versions leave out the capping of scores elsewhere
+    model = moesaic.load(place, dtype=torch.float32, attn_implementation="eager").eval()
     seen = []
     model.model.norm.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     model(rows_BC)
