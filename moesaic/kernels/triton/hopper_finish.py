@@ -12,7 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from moesaic.kernels.triton.hopper_common import CHUNK, activate, look, sync, tma_load
+from moesaic.kernels.triton.hopper_common import CHUNK, activate, eights, look, sync, tma_load
 
 _OLD_NAME = gl.constexpr(hasattr(gl.shared_memory_descriptor, "_reinterpret"))  # Triton 3.6
 
@@ -74,6 +74,9 @@ def finish(
     """
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [gl.num_warps(), 1], [1, 0])
     CHUNKS: gl.constexpr = BN // CHUNK
+    N = eights(N)
+    stride = eights(stride)
+    stride3 = eights(stride3)
     r = gl.arange(0, PART, layout=gl.SliceLayout(1, layout))
     c = gl.arange(0, PART, layout=gl.SliceLayout(0, layout))
     da_parts = _as_parts(buffers, 4 * CHUNKS)

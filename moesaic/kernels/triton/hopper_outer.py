@@ -23,6 +23,7 @@ from moesaic.kernels.triton.hopper_common import (
     HALF,
     chunks,
     cp_async,
+    eights,
     emit_all,
     release,
     swizzle,
@@ -53,6 +54,7 @@ def _producer(
     EVEN_M: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
+    M = eights(M)
     tiles_m = gl.cdiv(M, BM)
     tiles_n = gl.cdiv(N, BN)
     per_expert = tiles_m * tiles_n

@@ -28,6 +28,7 @@ from moesaic.kernels.triton.hopper_common import (
     activate,
     chunks,
     cp_async,
+    eights,
     emit,
     emit_all,
     halves,
@@ -52,6 +53,7 @@ def _producer(
     GATHER: gl.constexpr, EVEN_K: gl.constexpr, B_KMAJOR: gl.constexpr, PAIR: gl.constexpr,
     BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
+    K = eights(K)
     WIDTH: gl.constexpr = BN // 2 if PAIR else BN
     A_BYTES: gl.constexpr = 2 * HALF * BK * 2
     B_BYTES: gl.constexpr = BN * BK * 2
