@@ -22,7 +22,8 @@ ROWS = {  # name: epilogue, gathered, weights K-major, ring stages
 }
 
 
-def _compile(kernel, given, constants):
+def _compile(kernel, given, constants, *, sixteen=True):
+    """Compile for an H100; `sixteen`: whether sizes are multiples of sixteen, or of eight only."""
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
 
@@ -30,7 +31,7 @@ def _compile(kernel, given, constants):
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)
-        if name in given and (given[name].startswith("*") or given[name] == "i32")
+        if name in given and (given[name].startswith("*") or (sixteen and given[name] == "i32"))
     }
     source = GluonASTSource(kernel, signature, constants, aligned)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
@@ -51,14 +52,15 @@ def _stack(compiled, tmp_path: Path) -> int:
     return int(re.search(r"STACK:(\d+)", text).group(1))
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
-@pytest.mark.parametrize("name", ROWS)
-def test_products_along_rows_compile_for_hopper(name, activation, tmp_path):
+@pytest.mark.parametrize("sixteen", [True, False])
+@pytest.mark.parametrize(
+    ("name", "activation"),
+    [*((name, "silu") for name in ROWS), ("up", "gelu_tanh"), ("activation_gradient", "gelu_tanh")],
+)
+def test_products_along_rows_compile_for_hopper(name, activation, sixteen, tmp_path):
     from moesaic.kernels.triton.hopper_rows import rows_kernel
     from moesaic.kernels.triton.products import _warps
 
-    if activation != "silu" and name in ("down", "dx"):
-        pytest.skip("no activation")
     epilogue, gather, k_major, stages = ROWS[name]
     names = ("PRODUCER_WARPS", "CONSUMER_REGS", "PRODUCER_REGS", "FINISHER_REGS")
     warps = dict(zip(names, _warps(gather=gather, finish=epilogue == "dact"), strict=True))
@@ -76,7 +78,7 @@ def test_products_along_rows_compile_for_hopper(name, activation, tmp_path):
         "group_m": "i32",
     }
     constants = {
-        "EPILOGUE": epilogue, "GATHER": gather, "EVEN_K": True, "B_KMAJOR": k_major,
+        "EPILOGUE": epilogue, "GATHER": gather, "EVEN_K": sixteen, "B_KMAJOR": k_major,
         "KEEP_H": True, "BN": 256, "BK": 64, "STAGES": stages,
         "BUFFERS": 2 if epilogue == "swiglu" else 4, "ACTIVATION": activation, **warps,
     }  # fmt: skip
@@ -88,7 +90,7 @@ def test_products_along_rows_compile_for_hopper(name, activation, tmp_path):
         absent += ("a_desc",)
     if epilogue != "dact":
         absent += ("h_desc", "weight_ptr", "partial_ptr")
-    compiled = _compile(rows_kernel, given, constants | dict.fromkeys(absent))
+    compiled = _compile(rows_kernel, given, constants | dict.fromkeys(absent), sixteen=sixteen)
     ptx = compiled.asm["ptx"]
     assert "wgmma.mma_async" in ptx
     assert "cp.async.bulk.tensor" in ptx
@@ -97,8 +99,9 @@ def test_products_along_rows_compile_for_hopper(name, activation, tmp_path):
     assert _stack(compiled, tmp_path) == 0
 
 
+@pytest.mark.parametrize("sixteen", [True, False])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_weight_gradients_compile_for_hopper(transposed, tmp_path):
+def test_weight_gradients_compile_for_hopper(transposed, sixteen, tmp_path):
     from moesaic.kernels.triton.hopper_outer import outer_kernel
     from moesaic.kernels.triton.products import _warps
 
@@ -110,10 +113,10 @@ def test_weight_gradients_compile_for_hopper(transposed, tmp_path):
         "ends_ptr": I32, **dict.fromkeys(("experts", "M", "N", "group_m"), "i32"),
     }  # fmt: skip
     constants = {
-        "EVEN_M": True, "TRANSPOSED": transposed, "BM": 128, "BN": 256, "BK": 64, "STAGES": 3,
+        "EVEN_M": sixteen, "TRANSPOSED": transposed, "BM": 128, "BN": 256, "BK": 64, "STAGES": 3,
         "BUFFERS": 4, **warps,
     }  # fmt: skip
-    compiled = _compile(outer_kernel, given, constants)
+    compiled = _compile(outer_kernel, given, constants, sixteen=sixteen)
     ptx = compiled.asm["ptx"]
     assert "wgmma.mma_async" in ptx
     assert "cp.async.cg" in ptx
