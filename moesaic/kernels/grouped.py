@@ -15,11 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from moesaic.kernels.matmul import (
     ALIGNMENT,
@@ -30,6 +28,7 @@ from moesaic.kernels.matmul import (
     rows,
     why_not_grouped,
 )
+from moesaic.kernels.operator import Notes, Operator
 from moesaic.kernels.reference import GELU, Activation, activate
 
 _FEW_ROWS = 32  # routed rows, and experts
@@ -74,11 +73,11 @@ def experts(
     arguments = (x_TD, gate_up_EJD, down_EDI, ids_TK, weights_TK)
     how = (activation, backend, compute, sentinels)
     if torch.compiler.is_compiling():
-        out_TD: torch.Tensor = torch.ops.moesaic.experts(*arguments, *how)[0]
+        out_TD = _operator(*arguments, *how)
     elif backend == "grouped" and not sentinels and _few_on_a_cpu(ids_TK, gate_up_EJD, compute):
         out_TD = _few(*arguments, activation, compute)
     elif torch.is_grad_enabled():
-        out_TD = _Experts.apply(*arguments, *how)
+        out_TD = _operator(*arguments, *how)
     else:
         out_TD = _forward(*arguments, *how)[0]
     return out_TD
@@ -136,7 +135,7 @@ def combine(y_ND: torch.Tensor, order_N: torch.Tensor, top_k: int) -> torch.Tens
 def _few_on_a_cpu(ids_TK: torch.Tensor, gate_up_EJD: torch.Tensor, compute: torch.dtype) -> bool:
     """Whether the Python of our backward pass would cost more than what it saves.
 
-    Measured: one token on 8 experts 8 % slower through `_Experts` than through torch's autograd.
+    Measured: one token on 8 experts 8 % slower through `_operator` than through torch's autograd.
     Half precision takes padded slices from the second token on, and many experts the loop.
     """
     if ids_TK.device.type != "cpu" or gate_up_EJD.shape[0] > _FEW_ROWS:
@@ -229,6 +228,7 @@ def _backward(
     grad_TD: torch.Tensor,
     saved: Sequence[torch.Tensor],
     needs: Sequence[bool],
+    notes: Notes | None,
     activation: Activation,
     backend: Backend,
     compute: torch.dtype,
@@ -273,55 +273,7 @@ def _backward(
     return [d_x, d_gate_up, d_down, d_weights]
 
 
-def _needs(ctx: Any) -> list[bool]:
-    x, gate_up, down, _, weights = ctx.needs_input_grad[:5]
-    return [x, gate_up, down, weights]
-
-
-class _Experts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> torch.Tensor:
-        out_TD, *kept = _forward(*arguments)
-        x_TD, gate_up_EJD, down_EDI, _, weights_TK, *ctx.how = arguments
-        ctx.save_for_backward(x_TD, gate_up_EJD, down_EDI, weights_TK, *kept)
-        return out_TD
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        d_x, d_gate_up, d_down, d_weights = _backward(
-            grad_TD, ctx.saved_tensors, _needs(ctx), *ctx.how
-        )
-        return d_x, d_gate_up, d_down, None, d_weights, None, None, None, None
-
-
-# Under torch.compile both passes are opaque operators: no graph can hold the loop's lengths, and
-# dynamo of torch 2.11 gave zero gradients for the Function above (measured). The schemas are
-# written out because annotations are strings in this file.
-_HOW = "str activation, str backend, ScalarType compute, bool sentinels"
-_forward_op = torch.library.custom_op(
-    "moesaic::experts",
-    _forward,
-    mutates_args=(),
-    schema=f"(Tensor x, Tensor gate_up, Tensor down, Tensor ids, Tensor weights, {_HOW}) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-)
-
-
-@torch.library.custom_op(
-    "moesaic::experts_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad, Tensor[] saved, bool[] needs, {_HOW}) -> Tensor[]",
-)
-def _backward_op(
-    grad: torch.Tensor, saved: list[torch.Tensor], needs: list[bool], *how: Any
-) -> list[torch.Tensor]:
-    gradients = _backward(grad, saved, needs, *how)
-    return [grad.new_empty(0) if gradient is None else gradient for gradient in gradients]
-
-
-@_forward_op.register_fake
-def _forward_shapes(
+def _shapes(
     x: torch.Tensor,
     gate_up: torch.Tensor,
     down: torch.Tensor,
@@ -339,31 +291,10 @@ def _forward_shapes(
     return x.new_empty(x.shape), h_NJ, order_N, ends_E
 
 
-@_backward_op.register_fake
-def _backward_shapes(
-    grad: torch.Tensor, saved: list[torch.Tensor], needs: list[bool], *how: Any
-) -> list[torch.Tensor]:
-    return [
-        torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        if needed
-        else grad.new_empty(0)
-        for tensor, needed in zip(saved[:4], needs, strict=True)
-    ]
-
-
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    x_TD, gate_up_EJD, down_EDI, _, weights_TK, *ctx.how = inputs
-    ctx.save_for_backward(x_TD, gate_up_EJD, down_EDI, weights_TK, *output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _backward_through_op(ctx: Any, grad_TD: torch.Tensor, *unused: Any) -> tuple[Any, ...]:
-    needs = _needs(ctx)
-    gradients = torch.ops.moesaic.experts_backward(grad_TD, ctx.saved_tensors, needs, *ctx.how)
-    d_x, d_gate_up, d_down, d_weights = (
-        gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)
-    )
-    return d_x, d_gate_up, d_down, None, d_weights, None, None, None, None
-
-
-_forward_op.register_autograd(_backward_through_op, setup_context=_save_for_backward)
+_operator = Operator(
+    "experts",
+    _forward,
+    _backward,
+    shapes=_shapes,
+    how="str activation, str backend, ScalarType compute, bool sentinels",
+)

@@ -21,9 +21,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from moesaic.kernels import options
+from moesaic.kernels.operator import Notes, Operator
 from moesaic.kernels.reference import Activation
 from moesaic.kernels.triton import decode, portable
 from moesaic.kernels.triton.combine import combine, weight_gradient
@@ -52,15 +52,10 @@ def compute(
     """
     tensors = (x_TD.contiguous(), gate_up_EJD, down_EDI, ids_TK, weights_TK.contiguous())
     keep = torch.is_grad_enabled()
-    if torch.compiler.is_compiling():
-        out_TD: torch.Tensor = torch.ops.moesaic.fused_experts(
-            *tensors, activation, sentinels, keep
-        )[0]
-    elif keep and any(tensor.requires_grad for tensor in tensors):
-        out_TD = _Layer.apply(*tensors, activation, sentinels, True)
-    else:
-        out_TD = _forward(*tensors, activation, sentinels, False)[0]
-    return out_TD
+    traced = torch.compiler.is_compiling()
+    if traced or (keep and any(tensor.requires_grad for tensor in tensors)):
+        return _operator(*tensors, activation, sentinels, keep)
+    return _forward(*tensors, activation, sentinels, False)[0]
 
 
 def tile_rows(device: torch.device, rows: int, experts: int) -> int:
@@ -193,28 +188,25 @@ def _no_weights(like: torch.Tensor) -> torch.Tensor:
 
 def _backward(
     grad_TD: torch.Tensor,
-    saved: Sequence[Any],
+    saved: Sequence[torch.Tensor],
     needs: Sequence[bool],
+    notes: Notes | None,
     activation: Activation,
     sentinels: bool,
-    *,
-    spend: bool = False,
+    keep: bool,
 ) -> list[torch.Tensor | None]:
-    """Return the gradients of x, gate_up, down and the routing weights; None where not `needs`.
-
-    `spend`: the saved h may be overwritten.
-    """
+    """Return the gradients of x, gate_up, down and the routing weights; None where not `needs`."""
     with _on(grad_TD.device):
-        return _backward_here(grad_TD, saved, needs, activation, sentinels, spend)
+        return _backward_here(grad_TD, saved, needs, notes, activation, sentinels)
 
 
 def _backward_here(
     grad_TD: torch.Tensor,
-    saved: Sequence[Any],
+    saved: Sequence[torch.Tensor],
     needs: Sequence[bool],
+    notes: Notes | None,
     activation: Activation,
     sentinels: bool,
-    spend: bool,
 ) -> list[torch.Tensor | None]:
     x_TD, gate_up_EJD, down_EDI, weights_TK, h_NJ, ints, weight_N = saved
     needs_x, needs_gate_up, needs_down, needs_weights = needs
@@ -224,11 +216,13 @@ def _backward_here(
     multiply = _Products(routing, x_TD, width, activation)
     grad_TD = grad_TD.contiguous()
     d_x = d_gate_up = d_down = d_weights = None
-    if h_NJ is None:
+    if notes is not None and notes.setdefault("passes", 0) > 0:  # dh lies where h was
         h_NJ = multiply.up(x_TD, gate_up_EJD, keep_h=True)[1]
     dh_NJ, wa_NI, partial = multiply.activation_gradient(
-        grad_TD, down_EDI, h_NJ, clear=sentinels, spend=spend
+        grad_TD, down_EDI, h_NJ, clear=sentinels, spend=notes is not None
     )
+    if notes is not None:
+        notes["passes"] += 1
     del h_NJ
     if needs_weights:
         d_weights = weight_gradient(partial, routing.inverse_N, torch.empty_like(weights_TK))
@@ -253,56 +247,7 @@ def _tile_rows_of(ints: torch.Tensor, rows: int, experts: int, device: torch.dev
     raise AssertionError("no tile height fits the saved routing")
 
 
-def _needs(ctx: Any) -> list[bool]:
-    x, gate_up, down, _, weights = ctx.needs_input_grad[:5]
-    return [x, gate_up, down, weights]
-
-
-class _Layer(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> torch.Tensor:
-        out_TD, *kept = _forward(*arguments)
-        x_TD, gate_up_EJD, down_EDI, _, weights_TK, *ctx.how, _ = arguments
-        ctx.save_for_backward(x_TD, gate_up_EJD, down_EDI, weights_TK, *kept)
-        return out_TD
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        saved = list(ctx.saved_tensors)
-        if getattr(ctx, "spent", False):  # a second pass through a retained graph
-            saved[4] = None
-        ctx.spent = True
-        gradients = _backward(grad_TD, saved, _needs(ctx), *ctx.how, spend=True)
-        d_x, d_gate_up, d_down, d_weights = gradients
-        return d_x, d_gate_up, d_down, None, d_weights, None, None, None
-
-
-# Under torch.compile both passes are opaque operators, for the reasons given in `grouped`.
-_forward_op = torch.library.custom_op(
-    "moesaic::fused_experts",
-    _forward,
-    mutates_args=(),
-    schema="(Tensor x, Tensor gate_up, Tensor down, Tensor ids, Tensor weights, str activation, "
-    "bool sentinels, bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-
-
-@torch.library.custom_op(
-    "moesaic::fused_experts_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor[] saved, bool[] needs, str activation, bool sentinels) "
-    "-> Tensor[]",
-)
-def _backward_op(
-    grad: torch.Tensor, saved: list[torch.Tensor], needs: list[bool], *how: Any
-) -> list[torch.Tensor]:
-    gradients = _backward(grad, saved, needs, *how)
-    return [grad.new_empty(0) if gradient is None else gradient for gradient in gradients]
-
-
-@_forward_op.register_fake
-def _forward_shapes(
+def _shapes(
     x: torch.Tensor,
     gate_up: torch.Tensor,
     down: torch.Tensor,
@@ -326,33 +271,10 @@ def _forward_shapes(
     return x.new_empty(x.shape), h, ids.new_empty(ints, dtype=torch.int32), weight_N
 
 
-@_backward_op.register_fake
-def _backward_shapes(
-    grad: torch.Tensor, saved: list[torch.Tensor], needs: list[bool], *how: Any
-) -> list[torch.Tensor]:
-    return [
-        torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        if needed
-        else grad.new_empty(0)
-        for tensor, needed in zip(saved[:4], needs, strict=True)
-    ]
-
-
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    x_TD, gate_up_EJD, down_EDI, _, weights_TK, *ctx.how, _ = inputs
-    ctx.save_for_backward(x_TD, gate_up_EJD, down_EDI, weights_TK, *output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _backward_through_op(ctx: Any, grad_TD: torch.Tensor, *unused: Any) -> tuple[Any, ...]:
-    needs = _needs(ctx)
-    gradients = torch.ops.moesaic.fused_experts_backward(
-        grad_TD, ctx.saved_tensors, needs, *ctx.how
-    )
-    d_x, d_gate_up, d_down, d_weights = (
-        gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)
-    )
-    return d_x, d_gate_up, d_down, None, d_weights, None, None, None
-
-
-_forward_op.register_autograd(_backward_through_op, setup_context=_save_for_backward)
+_operator = Operator(
+    "fused_experts",
+    _forward,
+    _backward,
+    shapes=_shapes,
+    how="str activation, bool sentinels, bool keep",
+)
