@@ -24,8 +24,8 @@ __all__ = ["Distillation", "Target", "distil"]
 
 
 class Distillation(Config):
-    """Settings of `refine: layerwise`; on a CPU, `passes`, `ahead` and `batch` are 2, 0 and 2048
-    where they are not given.
+    """Settings of `refine: layerwise`; on a CPU, `passes` and `batch` are 1 and 2048 where they
+    are not given.
     """
 
     passes: float = Field(default=12.0, gt=0)
@@ -45,7 +45,7 @@ class Distillation(Config):
         return self.model_copy(update=rest)
 
 
-_ON_CPU = {"passes": 2.0, "ahead": 0, "batch": 2048}
+_ON_CPU = {"passes": 1.0, "batch": 2048}
 
 
 @dataclass(frozen=True)
