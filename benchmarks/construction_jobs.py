@@ -107,7 +107,7 @@ class Bench:
             }
             path.write_text(json.dumps(rows))
         blocks = tokens // self.settings.block
-        for seed in seeds:
+        for seed in seeds if blocks else ():
             path = self.work / f"blocks-{seed}.npy"
             if path.is_file() and len(np.load(path, mmap_mode="r")) >= blocks:
                 continue
