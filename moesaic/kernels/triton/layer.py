@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,10 +28,9 @@ from moesaic.kernels.operator import Notes, Operator
 from moesaic.kernels.reference import Activation
 from moesaic.kernels.triton import decode, portable
 from moesaic.kernels.triton.combine import combine, weight_gradient
-from moesaic.kernels.triton.metadata import Routing, count_ints, route
+from moesaic.kernels.triton.metadata import TILE_ROWS, Routing, count_ints, route
 
 _HOPPER = 9  # compute capability with the instructions of `products`
-_TILE_ROWS = 128  # of the Hopper kernels
 _FEW_TOKENS = 64
 _WIDE_FROM = 64  # rows an expert, from which portable tiles are wide
 
@@ -64,10 +64,11 @@ def tile_rows(device: torch.device, rows: int, experts: int) -> int:
     if chosen is not None:
         return chosen
     if _hopper(device):
-        return _TILE_ROWS
+        return TILE_ROWS
     return 128 if rows >= _WIDE_FROM * experts else 16
 
 
+@cache
 def _hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == _HOPPER
 
@@ -77,7 +78,7 @@ class _Products:
 
     def __init__(self, routing: Routing, like: torch.Tensor, width: int, activation: Activation):
         self.routing, self.activation = routing, activation
-        self._hopper = _hopper(like.device) and routing.tile_rows == _TILE_ROWS
+        self._hopper = _hopper(like.device) and routing.tile_rows == TILE_ROWS
         self._about: dict[str, Any] = {
             "shape": (like.shape[1], width, routing.ends_E.shape[0]),
             "rows": routing.weight_N.shape[0],
@@ -175,7 +176,8 @@ def _forward_here(
 
 def _on(device: torch.device) -> Any:
     """Make `device` the current one: Triton starts kernels there, and a model may span several."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    return torch.cuda.device(device) if elsewhere else contextlib.nullcontext()
 
 
 def _few(ids_TK: torch.Tensor) -> bool:

@@ -18,6 +18,8 @@ from moesaic.kernels.triton.launch import Launcher
 
 BLOCK = 256
 """Routed rows that one program counts and places."""
+TILE_ROWS = 128
+"""Rows of a tile of the Hopper kernels."""
 _CHUNK = 32
 _SCAN = 1024
 

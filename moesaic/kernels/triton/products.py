@@ -19,10 +19,9 @@ from moesaic.kernels.triton.combine import take
 from moesaic.kernels.triton.hopper_outer import outer_kernel
 from moesaic.kernels.triton.hopper_rows import rows_kernel
 from moesaic.kernels.triton.launch import Launcher
-from moesaic.kernels.triton.metadata import Routing
+from moesaic.kernels.triton.metadata import TILE_ROWS, Routing
 
 BK = 64
-TILE_ROWS = 128
 _SWIZZLED = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 
 

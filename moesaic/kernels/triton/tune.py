@@ -43,14 +43,14 @@ CANDIDATES: dict[str, tuple[Launch, ...]] = {
 }
 _REPEATS = 3
 _BETTER = 0.99  # of the first candidate's time: less is noise
-_known: dict[str, dict[str, Launch]] = {}
+_known: dict[torch.device, dict[str, Launch]] = {}
 
 
 def fastest(
     product: str,
     run: Callable[[Launch], Any],
     *,
-    shape: Sequence[int],
+    shape: tuple[int, ...],
     rows: int,
     dtype: torch.dtype,
     device: torch.device,
@@ -71,7 +71,8 @@ def fastest(
     return launch if options.current().persistent else replace(launch, persistent=False)
 
 
-def _key(product: str, shape: Sequence[int], rows: int, dtype: torch.dtype) -> str:
+@cache
+def _key(product: str, shape: tuple[int, ...], rows: int, dtype: torch.dtype) -> str:
     bucket = triton.next_power_of_2(max(1, rows // shape[-1]))
     sizes = "x".join(str(size) for size in shape)
     return f"{product} {str(dtype).removeprefix('torch.')} {sizes} rows<={bucket}"
@@ -103,10 +104,9 @@ def _file(device: torch.device) -> Path:
 
 
 def _launches(device: torch.device) -> dict[str, Launch]:
-    path = _file(device)
-    if str(path) not in _known:
-        _known[str(path)] = _read(path)
-    return _known[str(path)]
+    if device not in _known:
+        _known[device] = _read(_file(device))
+    return _known[device]
 
 
 def _read(path: Path) -> dict[str, Launch]:
