@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from moesaic.construct.dense import DenseModel
 from moesaic.construct.router import RouterInit
 from moesaic.construct.split import NeuronSplit
+from moesaic.models.selects import Selects, selects_of
 from moesaic.models.writer import Planned
 
 _ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
@@ -166,14 +167,17 @@ class Blueprint:
         # Noise weights act in training only; anatomy counts them as idle too.
         noisy = self.config.get("gate_add_noise", True)
         noise = self.dense.layers * self.split.num_experts * self.dense.hidden * noisy
-        idle_share = 1 - self.config["num_selects"] / self.split.num_experts
+        selects = self.config["num_selects"]
         weights = 3 * self.dense.hidden + (2 if self.config.get("mlp_bias") else 0)
-        idle = sum(weights * sum(layer) * idle_share for layer in widths)
+        idle = sum(
+            weights * sum(sizes) * (1 - selects_of(selects, layer) / self.split.num_experts)
+            for layer, sizes in enumerate(widths)
+        )
         return {
             "layers": self.dense.layers,
             "experts": self.split.num_experts + self.split.num_shared,
             "shared": self.split.num_shared,
-            "top_k": self.config["num_selects"] + self.split.num_shared,
+            "top_k": with_shared(selects, self.split.num_shared),
             "expert_width": [min(map(min, widths)), max(map(max, widths))],
             "parameters_dense": self.dense.checkpoint.parameters,
             "parameters_total": total,
@@ -183,16 +187,22 @@ class Blueprint:
         }
 
 
+def with_shared(selects: Selects, shared: int) -> Selects:
+    """Experts active for a token, shared ones included: one number, or one for each layer."""
+    return selects + shared if isinstance(selects, int) else [k + shared for k in selects]
+
+
 def draw(
     dense: DenseModel,
     split: NeuronSplit,
     router: RouterInit,
     *,
-    selects: int,
+    selects: Selects,
     scale: float | list[float],
     shared_scale: float,
 ) -> Blueprint:
-    """Put dense model, split and router together; `selects` is K, `scale` the score factor.
+    """Put dense model, split and router together; `selects` is K, of all layers or of each,
+    `scale` the score factor.
 
     Of a family whose attention LLaMA-MoE does not compute, a `moesaic_moe` is drawn.
     """
@@ -223,7 +233,7 @@ def mixture_config(
     split: NeuronSplit,
     router: RouterInit,
     *,
-    selects: int,
+    selects: Selects,
     scale: float | list[float],
 ) -> dict[str, Any]:
     """The config.json of the mixture: the dense model's fields, then those of LLaMA-MoE."""

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from moesaic.construct.blueprint import Blueprint
+from moesaic.construct.blueprint import Blueprint, with_shared
 from moesaic.construct.dense import DenseModel
 from moesaic.construct.router import RouterInit
 from moesaic.construct.split import NeuronSplit
 from moesaic.core.errors import UserError
+from moesaic.models.selects import Selects, selects_of
 
 # Fields of the dense config.json that belong to a file, not to a model.
 _OF_THE_FILE = ("architectures", "auto_map", "_name_or_path", "torch_dtype", "dtype")
@@ -57,12 +58,13 @@ class BlueprintMoesaic(Blueprint):
         width = self.config["moe_intermediate_size"]
         plan = self.plan()
         total = sum(math.prod(shape) for _, _, shape in plan)
-        idle = self.dense.layers * (experts - chosen) * 3 * self.dense.hidden * width
+        spare = sum(experts - selects_of(chosen, layer) for layer in range(self.dense.layers))
+        idle = spare * 3 * self.dense.hidden * width
         return {
             "layers": self.dense.layers,
             "experts": experts + self.split.num_shared,
             "shared": self.split.num_shared,
-            "top_k": chosen + self.split.num_shared,
+            "top_k": with_shared(chosen, self.split.num_shared),
             "expert_width": [width, width],
             "parameters_dense": self.dense.checkpoint.parameters,
             "parameters_total": total,
@@ -77,7 +79,7 @@ def draw_moesaic(
     split: NeuronSplit,
     router: RouterInit,
     *,
-    selects: int,
+    selects: Selects,
     scale: float | list[float],
 ) -> BlueprintMoesaic:
     """Put dense model, split and router together; `selects` is K, `scale` the score factor.
@@ -103,7 +105,7 @@ def draw_moesaic(
     sigmoid = dense.family.model_type == "deepseek_v3"
     if sigmoid:
         factors = scale if isinstance(scale, list) else [scale] * dense.layers
-        factors = [2 * factor / selects for factor in factors]
+        factors = [2 * f / selects_of(selects, layer) for layer, f in enumerate(factors)]
         scale = factors if len(set(factors)) > 1 else factors[0]
     config: dict[str, Any] = {
         "architectures": ["MoesaicMoeForCausalLM"],

@@ -30,6 +30,7 @@ class MixtureView:
     """The dense model's config with its model_type and its family's defaults."""
     experts: int
     top_k: int
+    """K; where layers differ, which is an obstacle, the largest."""
     width: int
     """I."""
     shared_width: int
@@ -118,13 +119,14 @@ def view_of(config: Mapping[str, Any], *, name: str = "config.json") -> MixtureV
 
 def _moesaic(own: Any, obstacles: list[str]) -> MixtureView:
     text = own.text_config.to_dict()
+    top_k = _top_k(own.num_experts_per_tok, obstacles)
     if text.get("attention_bias"):
         obstacles.append("its attention has four biases (attention_bias)")
     return MixtureView(
         model_type="moesaic_moe",
         text=text,
         experts=own.num_experts,
-        top_k=own.num_experts_per_tok,
+        top_k=top_k,
         width=own.moe_intermediate_size,
         shared_width=own.shared_expert_intermediate_size,
         rule="one" if own.weighting == "learned" else own.weighting,
@@ -190,7 +192,7 @@ def _llama_moe(own: Any, text: dict[str, Any], obstacles: list[str]) -> MixtureV
         model_type=own.model_type,
         text=text,
         experts=own.num_experts,
-        top_k=own.num_selects,
+        top_k=_top_k(own.num_selects, obstacles),
         width=max(widths) if widths else total // own.num_experts,
         shared_width=shared,
         rule="one" if near_one else "renormalised",
@@ -212,6 +214,14 @@ def shape_check(checkpoint: Checkpoint, view: MixtureView, prefix: str) -> None:
                     f"{checkpoint.path} lacks the tensor {start}{name} that its config.json asks "
                     "for. Give a complete checkpoint."
                 )
+
+
+def _top_k(selects: int | list[int], obstacles: list[str]) -> int:
+    """The one K of all layers; where they differ an obstacle is added."""
+    numbers = [selects] if isinstance(selects, int) else selects
+    if len(set(numbers)) > 1:
+        obstacles.append(f"its layers use {min(numbers)} to {max(numbers)} experts a token")
+    return max(numbers)
 
 
 def _triple(pattern: str) -> tuple[str, str, str]:

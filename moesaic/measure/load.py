@@ -31,11 +31,14 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True, eq=False)
 class LoadReport:
-    """Load of every expert; `tokens_D` is how many tokens were run, `top_k` the experts of each."""
+    """Load of every expert; `tokens_D` is how many tokens were run, `top_k` the experts of each.
+
+    `top_k` is a list where layers differ.
+    """
 
     domains: tuple[str, ...]
     layers: tuple[str, ...]
-    top_k: int
+    top_k: int | list[int]
     tokens_D: np.ndarray
     counts_DLE: np.ndarray
     importance_DLE: np.ndarray
@@ -152,11 +155,11 @@ def _report(domains: Any, counters: list[_Counter], tokens: list[int]) -> LoadRe
             "Give a mixture-of-experts model."
         )
     layers = list(counters[0].layers)
-    first = counters[0].layers[layers[0]]
+    chosen = [layer.top_k for layer in counters[0].layers.values()]
     return LoadReport(
         domains=tuple(domains),
         layers=tuple(layers),
-        top_k=first.top_k,
+        top_k=chosen[0] if len(set(chosen)) == 1 else chosen,
         tokens_D=np.array(tokens),
         counts_DLE=np.stack(
             [[counter.layers[layer].counts_E for layer in layers] for counter in counters]

@@ -5,7 +5,7 @@ statistics and its setters are here. The released checkpoints are read and writt
 tensor names (`expert_weights`).
 
 Notation: B batch, S sequence, T = B*S tokens, D hidden size, I expert width (the widest of a
-layer), E experts, K experts a token (`num_selects`), L layers, V vocabulary.
+layer), E experts, K experts a token (`num_selects`, of a layer), L layers, V vocabulary.
 """
 
 # transformers' base classes, decorators and re-exports are untyped
@@ -59,6 +59,7 @@ from moesaic.models.gates import (
 from moesaic.models.padding import last_tokens, share_of_step, valid_tokens
 from moesaic.models.pretrained import PreTrainedMoE
 from moesaic.models.randomness import Randomness
+from moesaic.models.selects import Selects, check_selects, selects_of, together
 
 
 class LlamaMoEConfig(PreTrainedConfig):
@@ -108,8 +109,8 @@ class LlamaMoEConfig(PreTrainedConfig):
     """Biases of gate, up and down projections, as in some dense LLaMAs; the original has none."""
 
     num_experts: int = 16
-    num_selects: int = 4
-    """Experts a token uses (K)."""
+    num_selects: int | list[int] = 4
+    """Experts a token uses (K), one number for all layers or a list of L."""
     size_experts: list[list[int]] | None = None
     """Width of each expert of each layer, [L][E]; None: all intermediate_size / num_experts."""
     gate_type: str = "TopKBalancedNoisyGate"
@@ -177,11 +178,7 @@ class LlamaMoEConfig(PreTrainedConfig):
             raise UserError(
                 f"gate_bias with gate_network={self.gate_network!r}. Use gate_network='linear'."
             )
-        if not 1 <= self.num_selects <= self.num_experts:
-            raise UserError(
-                f"num_selects={self.num_selects} but the model has {self.num_experts} experts. "
-                "Lower num_selects or split into more experts."
-            )
+        self.check_selects()
         self._check_dispatch()
         check_expert_sizes(self, "size_experts", self.num_experts, self._routed_width())
         scale = self.score_scale_factor
@@ -191,21 +188,32 @@ class LlamaMoEConfig(PreTrainedConfig):
                 f"{self.num_hidden_layers} layers. Give one number, or one for each layer."
             )
 
+    def check_selects(self) -> None:
+        """Raise UserError unless num_selects is 1 to num_experts, or that for every layer."""
+        check_selects(
+            "num_selects",
+            self.num_selects,
+            layers=self.num_hidden_layers,
+            experts=self.num_experts,
+            advice="Lower num_selects or split into more experts.",
+        )
+
     def _check_dispatch(self) -> None:
         """Some gates choose a number of experts of their own; some calculators take only one."""
-        if self.gate_type == "SwitchBalancedGate":
-            chosen = 1
-        elif self.gate_type.startswith("Uniform"):
-            chosen = self.num_experts
-        else:
-            chosen = self.num_selects
         taken = {"UniformCalculator": self.num_experts, "SwitchDropTokenCalculator": 1}
-        if chosen != taken.get(self.calculator_type, chosen):
-            raise UserError(
-                f"{self.calculator_type} takes {taken[self.calculator_type]} expert(s) a token but "
-                f"{self.gate_type} chooses {chosen}. Use calculator_type='UniversalCalculator', "
-                "or another gate or num_selects."
-            )
+        for layer in range(self.num_hidden_layers):
+            if self.gate_type == "SwitchBalancedGate":
+                chosen = 1
+            elif self.gate_type.startswith("Uniform"):
+                chosen = self.num_experts
+            else:
+                chosen = self.selects(layer)
+            if chosen != taken.get(self.calculator_type, chosen):
+                raise UserError(
+                    f"{self.calculator_type} takes {taken[self.calculator_type]} expert(s) a token "
+                    f"but {self.gate_type} chooses {chosen}. Use "
+                    "calculator_type='UniversalCalculator', or another gate or num_selects."
+                )
 
     def _routed_width(self) -> int:
         """Sum of the widths of one layer's routed experts."""
@@ -217,6 +225,10 @@ class LlamaMoEConfig(PreTrainedConfig):
         if self.size_experts is not None:
             return tuple(self.size_experts[layer])
         return (self._routed_width() // self.num_experts,) * self.num_experts
+
+    def selects(self, layer: int) -> int:
+        """Experts a token uses in a layer."""
+        return selects_of(self.num_selects, layer)
 
     def scale_factor(self, layer: int) -> float:
         """Scale factor of a layer's scores."""
@@ -408,7 +420,7 @@ class LlamaMoEBlock(nn.Module):
         self.gate = GATES[config.gate_type](
             config.hidden_size,
             config.num_experts,
-            config.num_selects,
+            config.selects(layer_idx),
             network=config.gate_network,
             use_softmax=config.gate_use_softmax,
             use_balance=config.gate_use_balance,
@@ -567,14 +579,18 @@ class LlamaMoEPreTrainedModel(PreTrainedMoE):
             if isinstance(module, (Gate, UniversalCalculator)):
                 module.randomness = randomness
 
-    def set_moe_num_selects(self, num_selects: int) -> None:
-        """Experts a token uses. UserError unless 1 <= num_selects <= num_experts."""
-        if not 1 <= num_selects <= self.config.num_experts:
-            raise UserError(
-                f"num_selects={num_selects} but the model has {self.config.num_experts} experts. "
-                f"Give 1 to {self.config.num_experts}."
-            )
-        self._set_gates("num_selects", num_selects, field="num_selects")
+    def set_moe_num_selects(self, num_selects: Selects) -> None:
+        """Experts a token uses, one number or one a layer; UserError unless 1 to num_experts."""
+        check_selects(
+            "num_selects",
+            num_selects,
+            layers=self.config.num_hidden_layers,
+            experts=self.config.num_experts,
+            advice=f"Give 1 to {self.config.num_experts}.",
+        )
+        for layer, block in enumerate(self.moe_blocks()):
+            block.gate.num_selects = selects_of(num_selects, layer)
+        self.config.num_selects = num_selects if isinstance(num_selects, int) else list(num_selects)
 
     def set_moe_gate_use_softmax(self, use_softmax: bool) -> None:
         """Whether scores are a softmax over the chosen logits, or the logits."""
@@ -666,7 +682,7 @@ class LlamaMoEPreTrainedModel(PreTrainedMoE):
         """Write the present settings of gates and calculators into the config."""
         blocks = list(self.moe_blocks())
         gate, calculator = blocks[0].gate, blocks[0].calculator
-        self.config.num_selects = gate.num_selects
+        self.config.num_selects = together([block.gate.num_selects for block in blocks])
         for name in (
             "use_softmax",
             "use_balance",
@@ -704,6 +720,7 @@ class LlamaMoEModel(LlamaMoEPreTrainedModel):
 
     def __init__(self, config: LlamaMoEConfig) -> None:
         super().__init__(config)
+        config.check_selects()  # it may have been changed since the config was made
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)

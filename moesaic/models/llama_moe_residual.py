@@ -50,7 +50,7 @@ class LlamaMoEResidualConfig(LlamaMoEConfig):
     intermediate_size_moe: int = 9632
     intermediate_size_residual: int = 1376
     num_experts: int = 14
-    num_selects: int = 2
+    num_selects: int | list[int] = 2
     num_experts_residual: int = 2
     size_experts_residual: list[list[int]] | None = None
     """Width of each residual expert of each layer, [L][R]; None: all equal."""

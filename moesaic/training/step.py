@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from moesaic.core.errors import UserError
+from moesaic.models.selects import selects_of
 from moesaic.training.optimizer import Optimizer
 
 BalanceKind = Literal["llama_moe", "native"]
@@ -166,11 +167,11 @@ def _native_counts(
     if not router_logits:
         return None, None
     loads, weights = [], []
-    for logits_NE in router_logits:
+    for layer, logits_NE in enumerate(router_logits):
         if logits_NE is None:  # a dense layer
             continue
         probs_NE = logits_NE.detach().float().softmax(-1)
-        top_NK, ids_NK = probs_NE.topk(config.num_experts_per_tok, dim=-1)
+        top_NK, ids_NK = probs_NE.topk(selects_of(config.num_experts_per_tok, layer), dim=-1)
         empty_E = probs_NE.new_zeros(probs_NE.shape[-1])
         loads.append(empty_E.index_add(0, ids_NK.flatten(), torch.ones_like(top_NK.flatten())))
         weights.append(empty_E.index_add(0, ids_NK.flatten(), top_NK.flatten()))

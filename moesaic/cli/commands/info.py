@@ -83,7 +83,7 @@ def _anatomy_rows(found: Description) -> list[tuple[str, str]]:
         groups.setdefault(key, []).append(layer.index)
     for (kind, experts, top_k, shared), indices in groups.items():
         always = f" + {shared} shared" if shared else ""
-        where = f"layers {min(indices)} to {max(indices)}" if len(indices) > 1 else "one layer"
+        where = f"layer{'s' * (len(indices) > 1)} {_ranges(indices)}"
         rows.append(
             (f"{kind} experts", f"{top_k} of {experts}{always} in {len(indices)} ({where})")
         )
@@ -93,6 +93,17 @@ def _anatomy_rows(found: Description) -> list[tuple[str, str]]:
     if anatomy.layers:
         rows.append(("active a token", f"{active:,} ({active / total:.1%})"))
     return rows
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Rising numbers in words: "0, 2 to 5"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
 def _lineage_rows(found: Description) -> list[tuple[str, str]]:

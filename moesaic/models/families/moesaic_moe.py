@@ -33,6 +33,7 @@ from moesaic.models.family import Family
 from moesaic.models.layouts import qwen_layout
 from moesaic.models.padding import share_of_step, valid_tokens
 from moesaic.models.pretrained import PreTrainedMoE
+from moesaic.models.selects import check_selects, selects_of
 
 # What transformers checks and completes in every config that has it; text_config does so itself.
 _TEXT_ONLY = ("rope_parameters", "rope_scaling", "rope_theta", "layer_types")
@@ -56,7 +57,8 @@ class MoesaicMoeConfig(PreTrainedConfig):
     """The dense model's config, with its model_type."""
     num_experts: int = 8
     """Routed experts of a layer."""
-    num_experts_per_tok: int = 2
+    num_experts_per_tok: int | list[int] = 2
+    """Routed experts a token uses: one number, or one for each layer."""
     moe_intermediate_size: int | None = None
     """Width of a routed expert; the dense width / num_experts by default."""
     shared_expert_intermediate_size: int = 0
@@ -95,11 +97,7 @@ class MoesaicMoeConfig(PreTrainedConfig):
         if self.moe_intermediate_size is None:
             self.moe_intermediate_size = max(1, text.intermediate_size // self.num_experts)
         super().__post_init__(**kwargs)
-        if not 1 <= self.num_experts_per_tok <= self.num_experts:
-            raise UserError(
-                f"num_experts_per_tok={self.num_experts_per_tok} but the model has "
-                f"{self.num_experts} experts. Give 1 to {self.num_experts}."
-            )
+        self.check_selects()
         if self.weighting not in get_args(Weighting):
             raise unknown("weighting", self.weighting, get_args(Weighting))
         factors = self.routed_scaling_factor
@@ -118,6 +116,21 @@ class MoesaicMoeConfig(PreTrainedConfig):
             name = "hidden_activation"
         return getattr(text, name)
 
+    def check_selects(self) -> None:
+        """Raise UserError unless every layer has 1 to num_experts of them."""
+        text: Any = self.text_config
+        check_selects(
+            "num_experts_per_tok",
+            self.num_experts_per_tok,
+            layers=text.num_hidden_layers,
+            experts=self.num_experts,
+            advice=f"Give 1 to {self.num_experts}.",
+        )
+
+    def selects(self, layer: int) -> int:
+        """Routed experts a token uses in a layer."""
+        return selects_of(self.num_experts_per_tok, layer)
+
     def scaling_of(self, layer: int) -> float:
         """The factor on the routed experts' sum of one layer."""
         factors = self.routed_scaling_factor
@@ -129,7 +142,7 @@ class MoesaicRouter(Router):
 
     def __init__(self, config: MoesaicMoeConfig, layer: int) -> None:
         text: Any = config.text_config
-        super().__init__(text.hidden_size, config.num_experts, config.num_experts_per_tok)
+        super().__init__(text.hidden_size, config.num_experts, config.selects(layer))
         self.weighting = config.weighting
         nn.init.normal_(self.weight, std=_std(text))
         # named parameters only where the config asks for them, so that files hold no idle tensors
@@ -238,6 +251,7 @@ class MoesaicMoeForCausalLM(MoesaicMoePreTrainedModel, GenerationMixin):
 
     def __init__(self, config: MoesaicMoeConfig) -> None:
         super().__init__(config)
+        config.check_selects()  # it may have been changed since the config was made
         text: Any = config.text_config
         dense_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(text)]
         dense = dense_class._from_config(text)
