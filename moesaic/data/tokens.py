@@ -33,7 +33,7 @@ from moesaic.core.files import check_folder
 from moesaic.data.sources import Data, Source, open_domains
 
 _FORMAT = 1
-_BATCH_CHARACTERS = 4_000_000
+_FIRST_CHARACTERS, _BATCH_CHARACTERS = 64_000, 4_000_000
 _BATCH_DOCUMENTS = 2_000
 _STALE_SECONDS = 24 * 3600
 
@@ -127,16 +127,20 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 def encode_batches(texts: Iterable[str], tokenizer: Any) -> Iterator[list[list[int]]]:
-    """Tokenise documents a few megabytes at a time, without special tokens; batches of id lists."""
+    """Tokenise documents without special tokens; batches of id lists, up to a few megabytes each.
+
+    The first batches are small, for readers who need few tokens.
+    """
     encode = _encoder(tokenizer)
     batch: list[str] = []
-    size = 0
+    size, limit = 0, _FIRST_CHARACTERS
     for text in texts:
         batch.append(text)
         size += len(text)
-        if size >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
+        if size >= limit or len(batch) >= _BATCH_DOCUMENTS:
             yield encode(batch)
             batch, size = [], 0
+            limit = min(2 * limit, _BATCH_CHARACTERS)
     if batch:
         yield encode(batch)
 

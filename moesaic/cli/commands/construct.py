@@ -28,7 +28,7 @@ def command(
     overwrite: Annotated[bool, typer.Option(help="Replace the output directory.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Split, route, weight and refit a dense LLaMA in closed form, and show what each stage did.
+    """Split, route, weight and refit a dense model in closed form, and show what each stage did.
 
     The recipe chooses a split, a router, a weighting and a refit, which combine freely; the default
     is the energy method. Every stage is measured: loss on held-out text, difference with all
@@ -64,5 +64,4 @@ def _show(figures: dict[str, Any]) -> None:
     print(construct_page.stages_table(figures).text())
     print()
     print(construct_page.layers_table(figures).text())
-    spent = ", ".join(f"{name} {value:.1f} s" for name, value in figures["seconds"].items())
-    print(f"\n{spent}")
+    print(f"\n{construct_page.spent(figures)}")

