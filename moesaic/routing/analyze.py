@@ -30,6 +30,7 @@ from moesaic.core.files import check_folder, write_text
 from moesaic.core.lineage import FILE_NAME as LINEAGE
 from moesaic.core.lineage import write_lineage
 from moesaic.routing.cases import consistency
+from moesaic.routing.compiled import ahead
 from moesaic.routing.reading import Borders, blocks, borders_of, read_block
 from moesaic.routing.study import Arrays, Settings, Study, save_arrays
 from moesaic.routing.summary import summarise
@@ -187,7 +188,8 @@ def _read(study: Study, work: Path) -> None:
     saved = time.monotonic()
     with progress("analyzing", left) as bar:
         while study.domain < len(study.domains):
-            for done, samples in blocks(study.trace, study.borders, study.number, first=study.done):
+            coming = blocks(study.trace, study.borders, study.number, first=study.done)
+            for done, samples in ahead(coming):
                 study.update(samples, done)
                 bar.advance(len(samples))
                 if time.monotonic() - saved > SAVE_SECONDS:

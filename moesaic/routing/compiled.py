@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, TypeVar, cast
 
 from moesaic.core.errors import UserError
 
@@ -22,7 +23,7 @@ except ModuleNotFoundError as error:
         "Run: pip install 'moesaic[routing]'"
     ) from error
 
-__all__ = ["compiled", "spread", "spread_all", "threads"]
+__all__ = ["ahead", "all_of", "compiled", "spread", "threads"]
 
 T = TypeVar("T")
 
@@ -43,26 +44,38 @@ def threads() -> int:
     return max(1, min(cores or 1, int(asked))) if asked.isdigit() else cores or 1
 
 
-def spread(work: Callable[[int, int], T], count: int, *, multiple: int = 1) -> list[T]:
+def spread(
+    work: Callable[[int, int], T], count: int, *, multiple: int = 1, each: int = 1
+) -> list[T]:
     """Call `work(start, stop)` on blocks that cover 0..count, on threads; results in order.
 
-    Blocks start at a multiple of `multiple`.
+    Blocks start at a multiple of `multiple`; there are `each` for a thread.
     """
-    return spread_all([work], count, multiple=multiple)[0]
-
-
-def spread_all(
-    works: Sequence[Callable[[int, int], T]], count: int, *, multiple: int = 1
-) -> list[list[T]]:
-    """Do what `spread` does for several works at once: where blocks are few, cores are not idle."""
     blocks = -(-count // multiple)
-    used = max(1, min(threads(), blocks))
+    used = max(1, min(each * threads(), blocks))
     edges = [min(count, multiple * (blocks * i // used)) for i in range(used + 1)]
-    tasks = [(work, *edge) for work in works for edge in itertools.pairwise(edges)]
+    return all_of([partial(work, *edge) for edge in itertools.pairwise(edges)])
+
+
+def all_of(tasks: Sequence[Callable[[], T]]) -> list[T]:
+    """Do tasks that do not need one another, on threads; results in order."""
     workers = min(threads(), len(tasks))
     if workers <= 1:
-        found = [work(start, stop) for work, start, stop in tasks]
-    else:
-        with ThreadPoolExecutor(workers) as pool:
-            found = list(pool.map(lambda task: task[0](*task[1:]), tasks))
-    return [found[i : i + used] for i in range(0, len(found), used)]
+        return [task() for task in tasks]
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(lambda task: task(), tasks))
+
+
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """Yield items; the next one is made, on a thread, while one is used. Where there is one core,
+    they are made in turn.
+    """
+    if threads() == 1:
+        yield from items
+        return
+    none = object()
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, items, none)
+        while (item := coming.result()) is not none:
+            coming = pool.submit(next, items, none)
+            yield cast(T, item)

@@ -17,14 +17,17 @@ from numpy.typing import ArrayLike, NDArray
 from moesaic.core.errors import UserError
 from moesaic.routing.bootstrap import as_weights, interval
 from moesaic.routing.caches import make_policy
-from moesaic.routing.compiled import spread_all
+from moesaic.routing.compiled import all_of, spread
 from moesaic.routing.metric import Metric
 from moesaic.routing.policy import Policy
-from moesaic.routing.requests import Scope, requests_of
+from moesaic.routing.requests import Requests, Scope, requests_of
 from moesaic.routing.samples import Samples, Space
 from moesaic.routing.stacks import LANES
 
 __all__ = ["CacheHits", "HitFigures", "count_hits", "rates_of"]
+
+_REQUEST_BYTES = 1 << 26
+"""What the requests of the samples simulated at once may take."""
 
 
 def count_hits(
@@ -33,21 +36,25 @@ def count_hits(
     """Count, for each policy, the requests that hit from each size on: int32 [N, G, E]."""
     groups = samples.layers if scope == "layer" else 1
     lanes = max(1, LANES // groups)  # samples that fill the lanes
+    each = 4 * samples.experts_NTLK[:1].size  # bytes of a sample's requests
+    at_once = lanes * max(1, _REQUEST_BYTES // (each * lanes))
+    found: list[list[NDArray[np.int32]]] = [[] for _ in policies]
+    for first in range(0, len(samples), at_once):
+        rows = slice(first, first + at_once)
+        part = Samples(samples.experts_NTLK[rows], samples.lengths_N[rows], samples.num_experts)
+        # several blocks a thread: some take longer
+        listed = spread(partial(_requests, part, scope), len(part), multiple=lanes, each=2)
+        counted = all_of([partial(p.first_sizes, block) for p in policies for block in listed])
+        for place, parts in enumerate(found):
+            parts += counted[place * len(listed) : (place + 1) * len(listed)]
+    return [np.concatenate(parts).reshape(len(samples), groups, -1) for parts in found]
 
-    def work(policy: Policy, start: int, stop: int) -> NDArray[np.int32]:
-        # a few samples at a time: their requests take 4 bytes each
-        parts = []
-        for first in range(start, stop, 4 * lanes):
-            rows = slice(first, min(stop, first + 4 * lanes))
-            part = Samples(samples.experts_NTLK[rows], samples.lengths_N[rows], samples.num_experts)
-            parts.append(policy.first_sizes(requests_of(part, scope)))
-        return np.concatenate(parts)
 
-    works = [partial(work, policy) for policy in policies]
-    return [
-        np.concatenate(parts).reshape(len(samples), groups, -1)
-        for parts in spread_all(works, len(samples), multiple=lanes)
-    ]
+def _requests(samples: Samples, scope: Scope, start: int, stop: int) -> Requests:
+    part = Samples(
+        samples.experts_NTLK[start:stop], samples.lengths_N[start:stop], samples.num_experts
+    )
+    return requests_of(part, scope)
 
 
 def rates_of(samples: Samples, policy: Policy, scope: Scope) -> NDArray[np.float32]:

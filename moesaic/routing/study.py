@@ -21,6 +21,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesaic.core.errors import UserError, check_seed
+from moesaic.routing.compiled import all_of
 from moesaic.routing.hits import CacheHits
 from moesaic.routing.metric import Metric
 from moesaic.routing.metrics.coactivation import Coactivation
@@ -173,11 +175,13 @@ class Study:
 
     def update(self, samples: Samples, done: int) -> None:
         """Add a block of the current domain; `done` of its samples are in the sums then."""
-        for metric in self.pooled.values():
-            if isinstance(metric, (Coactivation, Vocabulary)):
-                metric.update(samples)
+        updates = [
+            partial(metric.update, samples)
+            for metric in self.pooled.values()
+            if isinstance(metric, (Coactivation, Vocabulary))
+        ]
         for name in ("load", "importance", "segments", "positions"):
-            self.current[name].update(samples)
+            updates.append(partial(self.current[name].update, samples))
         chosen = self.cache_rows(len(self.borders.of(self.number)))
         assert samples.index_N is not None
         taken, own = np.searchsorted(chosen, [samples.index_N[0], samples.index_N[-1] + 1])
@@ -189,8 +193,9 @@ class Study:
                 part.num_experts,
                 index_N=np.arange(taken, own),
             )
-            for scope in SCOPES:
-                self.current[f"hits {scope}"].update(part)
+            # the longest first
+            updates[:0] = [partial(self.current[f"hits {s}"].update, part) for s in SCOPES[::-1]]
+        all_of(updates)
         self.done = done
 
     def finish_domain(self) -> Arrays:

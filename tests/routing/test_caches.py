@@ -66,16 +66,39 @@ def test_every_size_at_once_is_one_cache_after_another(policy, seed):
         np.testing.assert_array_equal(fast, slow)
 
 
-def test_wide_keys_take_64_bits_and_mean_the_same(monkeypatch):
+def test_keys_of_16_32_and_64_bits_mean_the_same(monkeypatch):
     from moesaic.routing import stacks
 
     ids = chosen((3, 40), 9, 3)
-    settings = {"num_experts": 9, "window": 5}
-    narrow = [caches.hit_rates(ids, policy=p, **settings) for p in ("belady", "sch")]
     room = stacks._list
-    monkeypatch.setattr(stacks, "_list", lambda experts, above: room(experts, above + 2**31))
-    wide = [caches.hit_rates(ids, policy=p, **settings) for p in ("belady", "sch")]
-    np.testing.assert_array_equal(narrow, wide)
+    found, kinds = [], []
+    for more in (0, 2**15, 2**31):
+
+        def wider(experts, above, more=more):
+            list_ES, empty = room(experts, above + more)
+            kinds.append(list_ES.itemsize)
+            return list_ES, empty
+
+        monkeypatch.setattr(stacks, "_list", wider)
+        for policy in ("belady", "sch"):
+            found.append(caches.hit_rates(ids, num_experts=9, window=5, policy=policy))
+    assert kinds == [2, 2, 4, 4, 8, 8]
+    np.testing.assert_array_equal(found[:2], found[2:4])
+    np.testing.assert_array_equal(found[:2], found[4:])
+
+
+def test_lists_of_several_tiers_are_one_cache_after_another(monkeypatch):
+    from moesaic.routing import stacks
+
+    ids = chosen((18, 12, 3), 50, 20)  # more samples than LANES
+    ids[1::2, :, 1:] = -1  # lanes with fewer requests
+    assert len(ids) > stacks.LANES
+    assert 2 * stacks.TIER < 3 * 50
+    settings = {"num_experts": 50, "scope": "model"}
+    for policy in ("lfu", "belady", "sch"):
+        fast = caches.hit_rates(ids, policy=policy, window=6, **settings)
+        slow = caches.hit_rates(ids[16:], policy=plain(policy, 6), **settings)
+        np.testing.assert_array_equal(fast[16:], slow)
 
 
 def test_more_sequences_than_lanes_and_threads_change_nothing(monkeypatch):

@@ -2,14 +2,20 @@
 
 Experts are ranked by (requests so far, last time), the best rank being 1. LFU is no stack policy: a
 rare expert, just admitted, is in the cache of C experts beside the C - 1 most frequent ones. So the
-cache of C experts holds ranks 1 to C - 1 and one more of rank `last_C[C]` >= C, which never falls
-as C grows. A request that moves an expert from rank p (E when it is new) up to rank q makes it the
-last one of all caches of fewer than q experts, and gives those of q to p experts ranks 1 to C.
+cache of C experts holds ranks 1 to C - 1 and one more of rank `last(C)` >= C, which never falls as
+C grows and is C itself or that of C + 1: a set of ranks says it all, `last(C)` is the smallest of
+them from C on. A request that moves an expert from rank p (E when it is new) up to rank q makes it
+the last one of all caches of fewer than q experts, and gives those of q to p experts ranks 1 to C:
+ranks before q leave the set, those from q to p enter it.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from numba import types
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from moesaic.routing.caches import CACHES
@@ -29,6 +35,51 @@ class LFU(Policy):
         return first_SE
 
 
+def _count_leading_zeros(typing_context: Any, word: Any) -> Any:
+    """Zeros above the highest set bit of a uint64 that is not 0."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.ctlz(arguments[0], context.get_constant(types.boolean, True))
+
+    return types.uint64(types.uint64), build
+
+
+_leading_zeros: Any = intrinsic(_count_leading_zeros)
+
+
+@compiled
+def _size_of(rank, lasts_W):  # type: ignore[no-untyped-def]
+    """The smallest cache that holds the expert of this rank."""
+    one = np.uint64(1)
+    word = rank >> 6
+    bit = one << np.uint64(rank & 63)
+    if not lasts_W[word] & bit:
+        return rank + 1
+    below = lasts_W[word] & (bit - one)
+    while not below:
+        if word == 0:
+            return 1
+        word -= 1
+        below = lasts_W[word]
+    return (word << 6) + 64 - np.int64(_leading_zeros(below))
+
+
+@compiled
+def _move_lasts(new, full, lasts_W):  # type: ignore[no-untyped-def]
+    """Take out the ranks before `new`, put in those from `new` to `full`."""
+    every = ~np.uint64(0)
+    first, end = new >> 6, full >> 6
+    from_new = every << np.uint64(new & 63)
+    to_full = every >> np.uint64(63 - (full & 63))
+    lasts_W[:first] = 0
+    if first == end:
+        lasts_W[end] = from_new & (lasts_W[end] | to_full)
+    else:
+        lasts_W[first] = from_new
+        lasts_W[first + 1 : end] = every
+        lasts_W[end] |= to_full
+
+
 @compiled
 def _lfu(ids_SQ, starts_ST, first_SE):  # type: ignore[no-untyped-def]
     experts = first_SE.shape[1]
@@ -37,28 +88,19 @@ def _lfu(ids_SQ, starts_ST, first_SE):  # type: ignore[no-untyped-def]
     uses_E = np.empty(experts, dtype=np.int32)
     # more_U[u]: experts with more than u requests, so the rank above which a new one with u goes
     more_U = np.empty(ids_SQ.shape[1] + 2, dtype=np.int32)
-    last_C = np.empty(experts + 2, dtype=np.int32)
+    lasts_W = np.empty((experts >> 6) + 1, dtype=np.uint64)  # bits
     for s in range(ids_SQ.shape[0]):
         rank_E[:] = 0
         uses_E[:] = 0
         more_U[:] = 0
-        for size in range(experts + 2):
-            last_C[size] = size
+        lasts_W[:] = ~np.uint64(0)
         for t in range(starts_ST.shape[1] - 1):
             start, stop = starts_ST[s, t], starts_ST[s, t + 1]
             distinct = more_U[0]
             for q in range(start, stop):
                 rank = rank_E[ids_SQ[s, q]]
                 if rank:
-                    low, high = 1, rank  # the smallest size whose last one ranks so or later
-                    while low < high:
-                        middle = (low + high) >> 1
-                        if last_C[middle] >= rank:
-                            high = middle
-                        else:
-                            low = middle + 1
-                    size = low if last_C[low] == rank else rank + 1
-                    first_SE[s, size - 1] += 1
+                    first_SE[s, _size_of(rank, lasts_W) - 1] += 1
                 else:
                     first_SE[s, distinct] += 1
                     distinct += 1
@@ -78,7 +120,4 @@ def _lfu(ids_SQ, starts_ST, first_SE):  # type: ignore[no-untyped-def]
                     rank_E[other] = rank
                 expert_R[new] = expert
                 rank_E[expert] = new
-                for size in range(1, new):
-                    last_C[size] = new
-                for size in range(new, full + 1):
-                    last_C[size] = size
+                _move_lasts(new, full, lasts_W)
