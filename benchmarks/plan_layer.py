@@ -5,7 +5,7 @@ runs on the CPU, then the closed form of `moesaic construct` (energy split and r
 on random token ids, on the GPU where there is one. Both hold one layer at a time, so that the whole
 model takes its layers times the last one, and the memory that was measured. Prints a JSON object.
 
-    python benchmarks/plan_layer.py --shape llama-2-7b --tokens 262144
+    python benchmarks/plan_layer.py --shape llama-2-7b --tokens 176128
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=16)
     parser.add_argument("--top-k", type=int, default=4)
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=262_144)
+    parser.add_argument("--tokens", type=int, default=176_128)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--folder", type=Path, help="where the models are written")
     parser.add_argument("--skip", nargs="*", default=[], help="convert, construct")

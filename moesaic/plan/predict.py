@@ -232,6 +232,7 @@ def _construct(
         notes=[
             f"{work.tokens:,} calibration tokens",
             "layers are made one by one: memory does not grow with their number",
+            "times and memory are predicted: operations and bytes counted, nothing run",
         ],
         **_counts(mixture),
     )

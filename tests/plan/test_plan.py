@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from moesaic.construct.convert import convert
+from moesaic.construct.refits.down import ENOUGH
+from moesaic.core.config import read_yaml
 from moesaic.models.anatomy import anatomy
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.plan import machine as machines
 from moesaic.plan.machine import Machine, data_sheet, measure
 from moesaic.plan.predict import plan
-from moesaic.recipes import recipes
+from moesaic.recipes import find, recipes
 from tests.construct.dense_models import write_dense
 from tests.helpers import assert_user_error, run_cli
 
@@ -63,6 +65,19 @@ def test_every_shipped_construction_can_be_planned(name: str) -> None:
     found = plan(name, machine=MACHINE, model=None if name in ACTIVE else "llama-2-7b")
     assert found.kind == "construct"
     assert sum(found.seconds["construct"].values()) > 0
+
+
+@pytest.mark.parametrize("name", sorted(ACTIVE))
+def test_one_gpu_is_foretold_to_make_them_in_ten_minutes(name: str) -> None:
+    found = plan(name, machine=data_sheet("h200", disk_rate=1e9))
+    assert sum(found.seconds["construct"].values()) < 600
+    host = found.peak.pop("construct, host")
+    assert host < 24e9
+    assert max(v for use, v in found.peak.items() if use.startswith("construct")) < 80e9
+    # the refit has what it asks for, so that it does not warn
+    width = 11008 if "llama-2" in name else 14336
+    assert read_yaml(find(name, kind="construct"))["tokens"] == ENOUGH * width
+    assert "predicted" in " ".join(found.notes)
 
 
 def test_refining_and_the_attention_cost_more() -> None:
@@ -114,7 +129,7 @@ def test_times_follow_from_the_rates() -> None:
     quick = plan(name, machine=fast).seconds["construct"]
     for stage, seconds in plain.items():
         assert quick[stage] == pytest.approx(seconds / 4)
-    more = plan(name, machine=MACHINE, overrides=["tokens=65536"]).seconds["construct"]
+    more = plan(name, machine=MACHINE, overrides=["tokens=352256"]).seconds["construct"]
     assert 1.9 < more["run the text"] / plain["run the text"] < 2.1
     # factors of 11008 neurons for 12 strengths, whatever the tokens: n^3 / 3 operations a layer
     assert plain["refit"] > 32 * 12 * 11008**3 / 3 / MACHINE.double
