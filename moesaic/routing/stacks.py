@@ -273,20 +273,19 @@ def _sch(ids_SQ, starts_ST, window, clock_bits, empty, most, list_ES, first_SE):
                 start, stop = starts_ST[first + s, t], starts_ST[first + s, t + 1]
                 turns = max(turns, stop - start)
                 known = known_S[s]
-                ids_Q, key_E, ahead_E = ids_SQ[first + s], key_SE[s], ahead_SE[s]
                 for place in range(known):
-                    place_E[ids_Q[np.uint64(list_ES[place, s]) & clock]] = place
+                    place_E[ids_SQ[first + s, np.uint64(list_ES[place, s]) & clock]] = place
                 # the window moves: at first it is filled
                 enters = starts_ST[first + s, min(t + window - 1, tokens)] if t else 0
                 for q in range(enters, starts_ST[first + s, min(t + window, tokens)]):
-                    expert = ids_Q[q]
-                    ahead_E[expert] += 1
-                    if key_E[expert] >= 0:
-                        key_E[expert] += 1 << clock_bits
-                        list_ES[place_E[expert], s] = key_E[expert]
+                    expert = ids_SQ[first + s, q]
+                    ahead_SE[s, expert] += 1
+                    if key_SE[s, expert] >= 0:
+                        key_SE[s, expert] += 1 << clock_bits
+                        list_ES[place_E[expert], s] = key_SE[s, expert]
                 for q in range(start, stop):
-                    expert = ids_Q[q]
-                    key = key_E[expert]
+                    expert = ids_SQ[first + s, q]
+                    key = key_SE[s, expert]
                     if key < 0:  # new: it takes the first empty place
                         first_SE[first + s, known] += 1
                         key = empty + 1
@@ -294,9 +293,9 @@ def _sch(ids_SQ, starts_ST, window, clock_bits, empty, most, list_ES, first_SE):
                         known += 1
                     else:
                         first_SE[first + s, place_E[expert]] += 1
-                    ahead_E[expert] -= 1
-                    fresh = (ahead_E[expert] << clock_bits) | q
-                    key_E[expert] = fresh
+                    ahead_SE[s, expert] -= 1
+                    fresh = (ahead_SE[s, expert] << clock_bits) | q
+                    key_SE[s, expert] = fresh
                     target_QS[q - start, s] = key
                     fresh_QS[q - start, s] = fresh
                 known_S[s] = known

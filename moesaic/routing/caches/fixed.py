@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesaic.routing.caches import CACHES
+from moesaic.routing.compiled import compiled
 from moesaic.routing.policy import Policy
 from moesaic.routing.requests import Requests
 
@@ -22,8 +23,13 @@ class Fixed(Policy):
 
     def first_sizes(self, requests: Requests) -> NDArray[np.int32]:
         """Count the requests for each expert: the order of loading comes from all samples."""
-        sequences, experts = len(requests.ids_SQ), requests.experts
-        asked_SQ = np.arange(requests.ids_SQ.shape[1]) < requests.counts_S[:, None]
-        flat = (requests.ids_SQ + experts * np.arange(sequences)[:, None])[asked_SQ]
-        counts = np.bincount(flat, minlength=sequences * experts)
-        return counts.reshape(sequences, experts).astype(np.int32)
+        counts_SE = np.zeros((len(requests.ids_SQ), requests.experts), dtype=np.int32)
+        _count(requests.ids_SQ, requests.counts_S, counts_SE)
+        return counts_SE
+
+
+@compiled
+def _count(ids_SQ, asked_S, counts_SE):  # type: ignore[no-untyped-def]
+    for s in range(ids_SQ.shape[0]):
+        for q in range(asked_S[s]):
+            counts_SE[s, ids_SQ[s, q]] += 1

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from moesaic.core.errors import UserError
 from moesaic.measure.load import load_share
+from moesaic.routing.compiled import compiled, spread
 from moesaic.routing.metric import Metric
 from moesaic.routing.metrics import METRICS
 from moesaic.routing.samples import Samples, Space
@@ -47,21 +48,17 @@ class Importance(Metric):
         """Add samples of one domain. Raises UserError when they have no weights."""
         if samples.weights_NTLK is None:
             raise UserError("importance needs the gate weights, but the samples have none.")
-        for layer in range(samples.layers):
-            ids_MK = samples.experts_NTLK[:, :, layer].reshape(-1, samples.experts_NTLK.shape[3])
-            weights_MK = samples.weights_NTLK[:, :, layer].reshape(ids_MK.shape).astype(np.float64)
-            weights_MK = np.where((ids_MK >= 0) & (weights_MK > 0), weights_MK, 0)
-            total_M = weights_MK.sum(axis=1)
-            some_M = total_M > 0
-            self.sums["weights"][domain, layer] += np.bincount(
-                ids_MK[ids_MK >= 0], weights_MK[ids_MK >= 0], minlength=self.space.num_experts
+        sums = [self.sums[name][domain] for name in ("weights", "entropy", "largest", "tokens")]
+
+        def work(start: int, stop: int) -> None:
+            part = slice(start, stop)
+            _add_weights(
+                samples.experts_NTLK[:, :, part],
+                samples.weights_NTLK[:, :, part],  # type: ignore[index]  # not None, see above
+                *(each[part] for each in sums),
             )
-            share_MK = weights_MK[some_M] / total_M[some_M, None]
-            logs_MK = np.log(share_MK, out=np.zeros(share_MK.shape), where=share_MK > 0)
-            most = np.log(max(2, share_MK.shape[1]))  # one expert a token: entropy 0
-            self.sums["entropy"][domain, layer] += np.abs((share_MK * logs_MK).sum()) / most
-            self.sums["largest"][domain, layer] += share_MK.max(axis=1).sum()
-            self.sums["tokens"][domain, layer] += some_M.sum()
+
+        spread(work, samples.layers)
 
     def result(self) -> dict[str, ImportanceFigures]:
         """Return the figures of every domain, and of ``all`` together."""
@@ -75,3 +72,30 @@ class Importance(Metric):
                 sums["largest"] / tokens_L,
             )
         return found
+
+
+@compiled
+def _add_weights(ids_NTLK, weights_NTLK, weights_LE, entropy_L, largest_L, tokens_L):  # type: ignore[no-untyped-def]
+    samples, length, layers, top_k = ids_NTLK.shape
+    most = np.log(max(2, top_k))  # one expert a token: entropy 0
+    for n in range(samples):
+        for layer in range(layers):
+            entropy, largest, tokens = 0.0, 0.0, 0
+            for t in range(length):
+                total, top, logs = 0.0, 0.0, 0.0
+                for k in range(top_k):
+                    expert = ids_NTLK[n, t, layer, k]
+                    weight = np.float64(weights_NTLK[n, t, layer, k])
+                    if expert >= 0 and weight > 0:
+                        weights_LE[layer, expert] += weight
+                        total += weight
+                        top = max(top, weight)
+                        logs += weight * np.log(weight)
+                if total > 0:
+                    # of the shares w / total
+                    entropy += np.log(total) - logs / total
+                    largest += top / total
+                    tokens += 1
+            entropy_L[layer] += max(0.0, entropy) / most
+            largest_L[layer] += largest
+            tokens_L[layer] += tokens
