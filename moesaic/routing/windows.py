@@ -60,15 +60,19 @@ def window_counts(
     return by_sample_NLS, sum(parts[1:], start=parts[0])
 
 
-def position_changes(samples: Samples, segment: int, positions: int) -> NDArray[np.int64]:
+def position_changes(
+    samples: Samples, segment: int, positions: int, *, pooled: bool = False
+) -> NDArray[np.int64]:
     """Count, per layer and window start p, how the number of (sample, expert) pairs at c changes.
 
-    Returns int64 [L, positions, m + 1]; its running sum over the positions is the number of pairs
-    whose window at p has c active tokens. Samples too short for a window at p are not among them.
+    Returns int64 [L, positions, m + 1], or [1, ...] for all layers together where `pooled`; its
+    running sum over the positions is the number of pairs whose window at p has c active tokens.
+    Samples too short for a window at p are not among them.
     """
 
     def work(start: int, stop: int) -> NDArray[np.int64]:
-        changes_LPC = np.zeros((samples.layers, positions + 1, segment + 1), dtype=np.int64)
+        layers = 1 if pooled else samples.layers
+        changes_LPC = np.zeros((layers, positions + 1, segment + 1), dtype=np.int64)
         _count_changes(
             samples.experts_NTLK[start:stop],
             samples.lengths_N[start:stop],
@@ -194,10 +198,11 @@ def _count_changes(ids_NTLK, lengths_N, experts, m, changes_LPC):  # type: ignor
             continue
         for layer in range(ids_NTLK.shape[2]):
             _set_bits(ids_NTLK[n, :, layer], length, bits_EW)
+            own = layer if changes_LPC.shape[0] > 1 else 0
             for e in range(experts):
                 bits_W = bits_EW[e]
                 count = _first_count(bits_W, m)
-                changes_LPC[layer, 0, count] += 1
+                changes_LPC[own, 0, count] += 1
                 changes = windows - 1
                 for word in range((changes + 63) >> 6):
                     here = bits_W[word]
@@ -208,7 +213,7 @@ def _count_changes(ids_NTLK, lengths_N, experts, m, changes_LPC):  # type: ignor
                         bit = _trailing_zeros(differ)
                         differ &= differ - np.uint64(1)
                         at = (word << 6) + 1 + np.int64(bit)
-                        changes_LPC[layer, at, count] -= 1
+                        changes_LPC[own, at, count] -= 1
                         count += 1 - 2 * np.int64((here >> bit) & np.uint64(1))
-                        changes_LPC[layer, at, count] += 1
-                changes_LPC[layer, windows, count] -= 1
+                        changes_LPC[own, at, count] += 1
+                changes_LPC[own, windows, count] -= 1

@@ -66,8 +66,8 @@ class PositionRouting(Metric):
         for m in self.segments:
             sums_GPC = self.sums[f"changes {m}"][domain]
             if sums_GPC.shape[1]:
-                changes_LPC = position_changes(samples, m, sums_GPC.shape[1])
-                sums_GPC += changes_LPC.sum(axis=0) if self.level == "model" else changes_LPC
+                pooled = self.level == "model"
+                sums_GPC += position_changes(samples, m, sums_GPC.shape[1], pooled=pooled)
 
     def result(self) -> dict[int, SegmentFigures]:
         """Return the figures of all domains together for every segment length."""
