@@ -32,6 +32,7 @@ from moesaic.construct.refit import Refit, RefitInputs
 from moesaic.construct.router import RouterInit
 from moesaic.core.errors import UserError
 from moesaic.models.gates import TopKBalancedNoisyGate
+from moesaic.models.selects import Selects, selects_of
 
 __all__ = ["LayerMaker", "LayerWeights", "MadeLayer"]
 
@@ -63,7 +64,8 @@ class LayerMaker:
     """Both streams, and the methods that are asked layer by layer.
 
     `fields` are the weighting's. Weights are rounded to the type of the checkpoint before the
-    streams go through them, so that later layers are made on what will be in the file.
+    streams go through them, so that later layers are made on what will be in the file. `selects`
+    are the routed experts of a token, of all layers or of each; the recipe's by default.
     """
 
     def __init__(
@@ -76,11 +78,13 @@ class LayerMaker:
         fields: Mapping[str, Any],
         refit: Refit | None,
         refine: Distillation | None,
+        selects: Selects | None = None,
     ) -> None:
         self.dense, self.recipe, self.fields = dense, recipe, fields
         self.split, self.refit, self.refine = split, refit, refine
-        self.selects = recipe.top_k - recipe.shared
-        self.router = RouterChoice(dense, recipe, split, selects=self.selects)
+        each = recipe.top_k - recipe.shared
+        self.selects = each if selects is None else selects
+        self.router = RouterChoice(dense, recipe, split, selects=each)
         self.stream = LayerStream(dense, context=ids_BC.shape[1], device=recipe.place())
         self.dense_BCD = self.stream.embed(ids_BC)
         self.moe_BCD = self.dense_BCD.clone()
@@ -122,12 +126,12 @@ class LayerMaker:
             neurons_TF,
             experts=self.recipe.experts,
             shared=self.recipe.shared,
-            top_k=self.selects,
+            top_k=selects_of(self.selects, index),
             context=shape[1],
             seed=self.recipe.seed,
         )
         with self._timed("split and router"):
-            made = self._divide(view, mlp.down_proj.bias)
+            made = self.divide(view, mlp.down_proj.bias)
             weights_TE = made.weights(x_TD)
         gate_PD, up_PD = view.gate_FD[made.order_P], view.up_FD[made.order_P]
         others = {} if seen.weight_DP is None else {_OUTPUT: seen.weight_DP}
@@ -164,24 +168,28 @@ class LayerMaker:
         router = {name: weight.cpu() for name, weight in last.router.items()}
         return MadeLayer(made.parts, router, made.facts), stages
 
-    def _divide(self, view: LayerView, bias_D: torch.Tensor | None) -> ConvertedLayer:
+    def divide(self, view: LayerView, bias_D: torch.Tensor | None) -> ConvertedLayer:
+        """The experts and the router of the next layer; `bias_D` is of its down projection."""
         parts = self.split.layer(view)
         router = self._rounded(self.router.layer(view, parts))
         order_P = torch.from_numpy(np.concatenate([*parts.experts, *parts.shared]))
+        scale = self.fields.get("score_scale_factor", 1.0)
         return ConvertedLayer(
             parts,
             router,
-            self._gate(router, len(parts.experts)),
-            float(self.fields.get("score_scale_factor", 1.0)),
+            self._gate(view.layer, router, len(parts.experts)),
+            float(scale[view.layer] if isinstance(scale, list) else scale),
             view.down_DF.T[order_P.to(view.down_DF.device)].contiguous(),
             bias_D,
         )
 
-    def _gate(self, router: dict[str, torch.Tensor], experts: int) -> TopKBalancedNoisyGate:
+    def _gate(
+        self, layer: int, router: dict[str, torch.Tensor], experts: int
+    ) -> TopKBalancedNoisyGate:
         gate = TopKBalancedNoisyGate(
             self.dense.hidden,
             experts,
-            self.selects,
+            selects_of(self.selects, layer),
             network=RouterInit([router], [None]).gate,
             add_noise=False,
             bias="bias" in router,
@@ -225,7 +233,7 @@ class LayerMaker:
         sizes = {len(ids) for ids in made.parts.experts}
         if len(sizes) > 1:
             raise UserError(
-                f"The experts of layer {view.layer} hold {min(sizes)} to {max(sizes)} neurons; "
+                f"The experts hold {min(sizes)} to {max(sizes)} neurons; "
                 "refine: layerwise needs experts of one width. Use refine: null, or another split."
             )
         if "weight" not in start.router:
@@ -269,7 +277,7 @@ class LayerMaker:
             for bias_F in (view.gate_bias_F, view.up_bias_F)
         )
         bias_D = None if made.down_bias_D is None else made.down_bias_D.clone()
-        fixed = Fixed(self.selects, view.activation, gate_P, up_P, bias_D)
+        fixed = Fixed(view.top_k, view.activation, gate_P, up_P, bias_D)
         return RoutedBlock(
             self.stream,
             layer,

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from moesaic.construct.allot import Allotment, allot
 from moesaic.construct.calibration import calibration_rows
 from moesaic.construct.choices import SplitChoice
 from moesaic.construct.dense import DenseModel, open_dense
@@ -31,12 +32,13 @@ from moesaic.construct.refits import REFITS
 from moesaic.construct.router import RouterInit
 from moesaic.construct.split import NeuronSplit
 from moesaic.construct.stages import held_out, name_the_idle, stage_records
-from moesaic.construct.weighting import Weighting
+from moesaic.construct.weighting import Weighting, layer_fields
 from moesaic.construct.weightings import WEIGHTINGS
 from moesaic.core.console import track
 from moesaic.core.errors import UserError, check_seed
 from moesaic.core.files import check_step, output_directory, write_text
 from moesaic.core.lineage import write_lineage
+from moesaic.models.selects import Selects, together
 
 __all__ = ["Construction", "Recipe", "construct", "results", "run"]
 
@@ -50,6 +52,14 @@ class Construction:
     layers: list[MadeLayer] = field(default_factory=list)
     stages: list[dict[str, Any]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    allotment: Allotment | None = None
+
+    @property
+    def selects(self) -> Selects:
+        """Routed experts of a token, of all layers or of each."""
+        if self.allotment is not None:
+            return together(self.allotment.selects)
+        return self.recipe.top_k - self.recipe.shared
 
     def split(self) -> NeuronSplit:
         """The division of the neurons."""
@@ -125,6 +135,7 @@ def results(made: Construction) -> dict[str, Any]:
         "model": str(made.dense.checkpoint.path),
         "recipe": recipe.model_dump(mode="json"),
         "exact": made.split().exact and all(stage is None for stage in changed),
+        "experts_per_layer": None if made.allotment is None else made.allotment.facts(),
         "stages": made.stages,
         "layers": [layer.facts for layer in made.layers],
         "seconds": {key: round(value, 1) for key, value in made.seconds.items()},
@@ -172,8 +183,6 @@ def _make(
     weighting: Weighting = WEIGHTINGS.resolve(recipe.weighting)
     refit: Refit | None = None if recipe.refit is None else REFITS.resolve(recipe.refit)
     refine = refinement(recipe)
-    selects = recipe.top_k - recipe.shared
-    fields = weighting.fields(routed=recipe.experts - recipe.shared, selects=selects)
     ids_BC = calibration_rows(
         model,
         recipe.data,
@@ -184,8 +193,25 @@ def _make(
     )
     made = Construction(dense, recipe)
     split = SplitChoice(dense, recipe)
+    routed, selects = recipe.experts - recipe.shared, made.selects
+    fields = layer_fields(weighting, routed=routed, selects=selects)
+    if recipe.experts_per_layer == "allotted":
+        first = LayerMaker(
+            dense, recipe, ids_BC[:1], split=split, fields=fields, refit=None, refine=None
+        )
+        made.allotment = allot(first, ids_BC, weighting)
+        made.seconds["experts per layer"] = time.monotonic() - started
+        selects = made.selects
+        fields = layer_fields(weighting, routed=routed, selects=selects)
     maker = LayerMaker(
-        dense, recipe, ids_BC, split=split, fields=fields, refit=refit, refine=refine
+        dense,
+        recipe,
+        ids_BC,
+        split=split,
+        fields=fields,
+        refit=refit,
+        refine=refine,
+        selects=selects,
     )
     with ExitStack() as stack:
         writers = {
@@ -195,13 +221,16 @@ def _make(
             for stage, place in places.items()
         }
         for index in track(range(dense.layers), "constructing layers"):
-            layer, weights = maker.layer(index)
+            try:
+                layer, weights = maker.layer(index)
+            except UserError as error:
+                raise UserError(f"Layer {index}: {error}") from error
             made.layers.append(layer)
             for stage, writer in writers.items():
                 writer.layer(index, weights[stage])
     facts = [layer.facts for layer in made.layers]
     name_the_idle(facts)
-    made.seconds = {**maker.seconds, "construct": time.monotonic() - started}
+    made.seconds |= {**maker.seconds, "construct": time.monotonic() - started}
     losses: dict[str, Mapping[str, float] | None] = {"dense": dense_loss}
     if recipe.held_out is not None:
         if dense_loss is None:

@@ -1,0 +1,108 @@
+"""What does not fit is refused in one line that says what was given and what would do."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import moesaic
+from moesaic.construct.router import RouterInit
+from moesaic.construct.split import NeuronSplit
+from tests.construct.dense_models import write_dense, write_text_tokenizer
+from tests.helpers import assert_user_error, run_cli
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz "
+
+
+def write_text(path, letters):
+    path.write_text("".join(np.random.default_rng(0).choice(list(LETTERS), letters)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dense")
+    write_dense(folder / "model")
+    write_text_tokenizer(folder / "model")
+    write_text(folder / "text.txt", 3000)
+    return folder
+
+
+def construct(dense, out, *more, model=None, data=None):
+    given = {"experts": 4, "top_k": 2, "context": 32, "tokens": 512, "device": "cpu"}
+    sets = [part for key, value in given.items() for part in ("--set", f"{key}={value}")]
+    places = ("--model", model or dense / "model", "--data", data or dense / "text.txt", "-o", out)
+    return run_cli("construct", "energy", *places, *sets, *more)
+
+
+def refused(result, out, *words):
+    assert_user_error(result, *words)
+    assert not out.exists()
+
+
+def test_text_too_short_for_the_experts(dense, tmp_path):
+    short = write_text(tmp_path / "short.txt", 100)
+    done = construct(dense, tmp_path / "moe", "--set", "experts=8", data=short)
+    refused(done, tmp_path / "moe", "96 calibration tokens for 8 experts", "at least 128 tokens")
+    none = write_text(tmp_path / "none.txt", 10)
+    refused(
+        construct(dense, tmp_path / "moe", data=none),
+        tmp_path / "moe",
+        "less than one row of 32 tokens",
+    )
+
+
+def test_experts_that_never_win_are_named(dense, tmp_path):
+    # the last expert's neurons give nothing, so that its energy is never among the highest
+    path = tmp_path / "weak"
+    write_dense(path)
+    write_text_tokenizer(path)
+    model = moesaic.load(path, dtype=torch.float32)
+    with torch.no_grad():
+        for number, layer in enumerate(model.model.layers):
+            layer.mlp.down_proj.weight[:, 36 - 12 * number : 48 - 12 * number] *= 1e-3
+    model.save_pretrained(path)
+    done = construct(dense, tmp_path / "moe", "--set", "split=sequential", model=path)
+    assert done.exit_code == 0, done.stderr
+    said = " ".join(done.stderr.split())
+    assert "no calibration token chose layer 0 expert 3, layer 1 expert 2 (2 in all)" in said
+    page = (tmp_path / "moe/report.html").read_text()
+    assert "Idle" in page
+
+
+def test_a_gram_matrix_that_is_not_positive_definite(dense, tmp_path):
+    path = tmp_path / "large"
+    write_dense(path)
+    write_text_tokenizer(path)
+    model = moesaic.load(path, dtype=torch.float32)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight *= 1e25  # squares overflow in float32
+    model.save_pretrained(path)
+    for split in ("energy", "random"):
+        done = construct(dense, tmp_path / "moe", "--set", f"split={split}", model=path)
+        refused(done, tmp_path / "moe", "Layer 1", "not positive definite", "other text")
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        ([np.arange(48) % 4] * 3, ("3 layers of 48 neurons", "2 layers of 48")),
+        ([np.arange(40) % 4] * 2, ("2 layers of 40 neurons", "2 layers of 48")),
+        ([np.arange(48) % 6] * 2, ("experts=4", "6 experts")),
+    ],
+)
+def test_a_split_file_of_another_model(dense, tmp_path, labels, words):
+    experts = int(labels[0].max()) + 1
+    file = NeuronSplit.from_labels(labels, experts=experts).save(tmp_path / "s.safetensors")
+    done = construct(dense, tmp_path / "moe", "--set", f"split={file}")
+    refused(done, tmp_path / "moe", *words)
+
+
+@pytest.mark.parametrize(("layers", "experts", "hidden"), [(3, 4, 32), (2, 6, 32), (2, 4, 24)])
+def test_a_router_file_of_another_model(dense, tmp_path, layers, experts, hidden):
+    weights = [{"weight": torch.randn(experts, hidden)} for _ in range(layers)]
+    file = RouterInit(weights, [None] * layers).save(tmp_path / "router.safetensors")
+    done = construct(dense, tmp_path / "moe", "--set", f"router={file}")
+    words = f"{layers} layers, {experts} experts and hidden size {hidden}"
+    refused(done, tmp_path / "moe", words, "2, 4 and 32")
