@@ -24,6 +24,7 @@ from moesaic.construct.router import RouterInit
 from moesaic.construct.split import NeuronSplit
 from moesaic.core.files import write_text
 from moesaic.models.checkpoint import CheckpointWriter, copy_companions
+from moesaic.models.selects import Selects
 
 __all__ = ["MixtureWriter"]
 
@@ -40,7 +41,7 @@ class MixtureWriter:
         dense: DenseModel,
         directory: Path,
         *,
-        selects: int,
+        selects: Selects,
         fields: Mapping[str, Any],
         ready: NeuronSplit | None,
         max_shard_bytes: int = 5_000_000_000,

@@ -31,7 +31,7 @@ from moesaic.construct.refit import Refit
 from moesaic.construct.refits import REFITS
 from moesaic.construct.router import RouterInit
 from moesaic.construct.split import NeuronSplit
-from moesaic.construct.stages import held_out, name_the_idle, stage_records
+from moesaic.construct.stages import held_out, name_the_idle, name_the_unrefined, stage_records
 from moesaic.construct.weighting import Weighting, layer_fields
 from moesaic.construct.weightings import WEIGHTINGS
 from moesaic.core.console import track
@@ -230,6 +230,7 @@ def _make(
                 writer.layer(index, weights[stage])
     facts = [layer.facts for layer in made.layers]
     name_the_idle(facts)
+    name_the_unrefined(facts)
     made.seconds |= {**maker.seconds, "construct": time.monotonic() - started}
     losses: dict[str, Mapping[str, float] | None] = {"dense": dense_loss}
     if recipe.held_out is not None:

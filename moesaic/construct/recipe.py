@@ -6,7 +6,7 @@ Each choice is the name of a registered method, its settings, or a file that was
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -51,6 +51,8 @@ class Recipe(Config):
     """Experts of a layer, shared ones included."""
     top_k: int = Field(default=2, ge=1)
     """Experts active for a token, shared ones included."""
+    experts_per_layer: Literal["equal", "allotted"] = "equal"
+    """`allotted`: layers use different numbers, `top_k` on average, chosen by what they cost."""
     shared: int = Field(default=0, ge=0)
     """Experts that are always on; they become one."""
     data: Any = None

@@ -6,8 +6,9 @@ from abc import abstractmethod
 from typing import Any
 
 from moesaic.core.config import Config
+from moesaic.models.selects import Selects
 
-__all__ = ["Weighting"]
+__all__ = ["Weighting", "layer_fields"]
 
 
 class Weighting(Config):
@@ -21,3 +22,12 @@ class Weighting(Config):
     @abstractmethod
     def fields(self, *, routed: int, selects: int) -> dict[str, Any]:
         """Fields of `LlamaMoEConfig` for `routed` experts of which a token uses `selects`."""
+
+
+def layer_fields(weighting: Weighting, *, routed: int, selects: Selects) -> dict[str, Any]:
+    """Fields for numbers that may differ by layer: a list [L] where the layers' values do."""
+    if isinstance(selects, int):
+        return weighting.fields(routed=routed, selects=selects)
+    found = [weighting.fields(routed=routed, selects=number) for number in selects]
+    values = {name: [fields[name] for fields in found] for name in found[0]}
+    return {name: row[0] if row.count(row[0]) == len(row) else row for name, row in values.items()}

@@ -67,13 +67,22 @@ def spent(figures: Mapping[str, Any]) -> str:
     return f"{whole:.0f} s in all" + (f": {named}" if named else "")
 
 
+def by_layer(figures: Mapping[str, Any]) -> str:
+    """Experts of a token in every layer, where they were chosen layer by layer; else nothing."""
+    found, shared = figures.get("experts_per_layer"), figures["recipe"]["shared"]
+    if not found:
+        return ""
+    return "experts of a token by layer: " + " ".join(str(k + shared) for k in found["routed"])
+
+
 def page(figures: Mapping[str, Any]) -> Page:
     """The report as a `Page`."""
     recipe = figures["recipe"]
     made = Page(
         "A mixture of experts without training",
         subtitle=f"{Path(figures['model']).name}: {recipe['experts']} experts a layer, of which a "
-        f"token uses {recipe['top_k']}; calibrated on {recipe['tokens']:,} tokens.",
+        f"token uses {recipe['top_k']}{' on average' * bool(by_layer(figures))}; calibrated on "
+        f"{recipe['tokens']:,} tokens.",
         footer=spent(figures) + ".",
     )
     made.section("In short").facts(_facts(figures))
@@ -86,6 +95,8 @@ def page(figures: Mapping[str, Any]) -> Page:
     if not _measured(figures):
         stages.text("No loss was measured, as no held-out text was given.")
     layers = made.section("Layers").table(layers_table(figures))
+    if by_layer(figures):
+        layers.text(by_layer(figures).capitalize() + ".")
     layers.figure(
         plots.load_map({"calibration text": [layer["load"] for layer in figures["layers"]]}),
         caption="How often every expert is chosen, against an even share.",

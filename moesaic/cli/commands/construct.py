@@ -64,4 +64,6 @@ def _show(figures: dict[str, Any]) -> None:
     print(construct_page.stages_table(figures).text())
     print()
     print(construct_page.layers_table(figures).text())
+    if numbers := construct_page.by_layer(figures):
+        print(f"\n{numbers}")
     print(f"\n{construct_page.spent(figures)}")
