@@ -61,7 +61,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "energy, down refit": {"refit": {"method": "down", "blend": 0.5}, "attention": None},
     "energy, no loop": {"split": {"method": "energy", "rounds": 0}, **OURS},
     "energy": OURS,
+    "energy, allotted": {"experts_per_layer": "allotted", **OURS},
     "layerwise": {"refine": "layerwise", **OURS},
+    "layerwise, allotted": {"refine": "layerwise", "experts_per_layer": "allotted", **OURS},
 }
 ABLATIONS = ["energy, down refit, own target", "energy, down refit", "energy, no loop"]
 """Converted and measured, but neither trained on nor among the best."""

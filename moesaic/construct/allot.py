@@ -99,8 +99,9 @@ def allot(maker: LayerMaker, ids_BC: torch.Tensor, weighting: Weighting) -> Allo
         out_TD = mlp.down_proj(view.neurons_TF)
         dense_BCD = stream.finish(module, residual_TD, out_TD).view_as(dense_BCD)
     wanted_TD = dense_BCD[rows].flatten(0, 1)
-    changed_LKTD = torch.stack([moving.view(routed - 1, -1, moving.shape[2]) for moving in changed])
-    prices_LK = _divergence(maker, changed_LKTD, wanted_TD)
+    prices_LK = _divergence(
+        maker, [moving.view(routed - 1, *wanted_TD.shape) for moving in changed], wanted_TD
+    )
     return Allotment(cheapest(prices_LK, total=each * layers), prices_LK, len(wanted_TD))
 
 
@@ -123,7 +124,7 @@ def cheapest(prices_LK: Sequence[Sequence[float]], *, total: int) -> list[int]:
 
 
 def _divergence(
-    maker: LayerMaker, changed_LKTD: torch.Tensor, wanted_TD: torch.Tensor
+    maker: LayerMaker, changed_LKTD: Sequence[torch.Tensor], wanted_TD: torch.Tensor
 ) -> list[list[float]]:
     """KL of the predictions behind changed streams from those behind the dense one: [L][K]."""
     dense, stream = maker.dense, maker.stream
@@ -138,7 +139,7 @@ def _divergence(
         logits_TV = functional.linear(norm(x_TD), head_VD)
         return ((logits_TV / cap).tanh() * cap if cap else logits_TV).log_softmax(-1)
 
-    sums_LK = torch.zeros(changed_LKTD.shape[:2], dtype=torch.float64)
+    sums_LK = torch.zeros(len(changed_LKTD), len(changed_LKTD[0]), dtype=torch.float64)
     for start in range(0, len(wanted_TD), _PART):
         tokens = slice(start, start + _PART)
         wanted_TV = predictions(wanted_TD[tokens])

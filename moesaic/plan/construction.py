@@ -22,6 +22,8 @@ _STRENGTHS = 12
 """Ridge strengths that are tried."""
 _SPLIT_TOKENS = 65_536
 """Tokens that a split and a router look at."""
+_PRICED_TOKENS = 16_384
+"""Tokens on which experts per layer are chosen; an eighth of them goes through changed models."""
 _RUNTIME = 2_500_000_000
 """Bytes of host memory of Python, torch and CUDA's libraries."""
 
@@ -72,6 +74,8 @@ class Construction:
     """Share of the routed neurons that a token uses."""
     tokens: int
     context: int
+    priced: int = 0
+    """Numbers of active experts that are tried in each layer; 0: all layers have the same."""
 
     def stages(self) -> Iterator[Stage]:
         """Yield the work of every stage, all layers together."""
@@ -82,6 +86,8 @@ class Construction:
         # Two streams, what the dense model says and what the converted layers make of it; the
         # second goes through the experts once more, and again when they were refitted.
         ffn = (12 + 2 + 2 * self.refit) * T * D * F
+        if self.priced:
+            yield self._pricing()
         yield Stage("run the text", L * (2 * attend + ffn), moved=L * (4 * layer + 6 * T * F * 4))
         if self.split_sees == "weights":
             yield Stage("split", L * _ROUNDS * 2 * F * E * 2 * D, moved=L * _ROUNDS * F * 2 * D * 4)
@@ -116,6 +122,25 @@ class Construction:
         written = self.total * self.itemsize
         yield Stage("write", 0, 0, 3 * written, written)
 
+    def _pricing(self) -> Stage:
+        """The work of choosing experts per layer: every layer converted by itself, then the rest of
+        the dense model behind it, once for every number.
+        """
+        tokens = min(self.tokens, _PRICED_TOKENS)
+        few = replace(
+            self, tokens=tokens, refit=False, attention_refit=False, refine=None, priced=0
+        )
+        parts = [stage for stage in few.stages() if stage.name != "write"]
+        measured = self.layers * self.priced * tokens / 8
+        behind = 2 * (self.attention + 3 * self.hidden * self.width) * (self.layers + 1) / 2
+        products = measured * (behind + 2 * self.hidden * self.vocabulary)
+        return Stage(
+            "experts per layer",
+            products + sum(part.products for part in parts),
+            sum(part.double for part in parts),
+            measured * self.vocabulary * 4 * 6 + sum(part.moved for part in parts),
+        )
+
     def convert(self) -> Stage:
         """The work of `moesaic convert` with the random split, which reads no text."""
         compare = 2 * 256 * 6 * self.hidden * self.width * self.layers
@@ -125,7 +150,8 @@ class Construction:
     def memory(self, *, gpu: bool) -> dict[str, dict[str, int]]:
         """Bytes by part, at each of the moments that could be the worst; `gpu` computes on one.
 
-        One layer is held at a time, whatever their number.
+        One layer is held at a time, whatever their number; choosing experts per layer holds streams
+        of a model for every layer.
         """
         T, D, F = self.tokens, self.hidden, self.width
         few = min(T, _SPLIT_TOKENS)
@@ -141,6 +167,14 @@ class Construction:
         if not gpu:
             layer["layers that are written"] = waiting
         at: dict[str, dict[str, int]] = {}
+        if self.priced:
+            streams = self.layers * self.priced * min(T, _PRICED_TOKENS) // 8 * D * 4
+            seen = min(T, _PRICED_TOKENS) * (4 * F + 6 * D) * 4
+            at["experts per layer"] = {
+                "one layer in float32": one * 4,
+                "streams of changed models": streams,
+                "neurons, energies, inputs": seen,
+            }
         if self.split_sees == "text":
             at["split"] = {**layer, "energies and inputs": 3 * few * F * 4 + 3 * few * D * 4}
         if self.router_sees == "text":

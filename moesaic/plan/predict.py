@@ -210,6 +210,7 @@ def _construct(
         active=(recipe.top_k - recipe.shared) / (recipe.experts - recipe.shared),
         tokens=recipe.tokens,
         context=recipe.context,
+        priced=_priced(recipe),
     )
     running = mixture.running(batch=1, context=4096)
     memory = {
@@ -247,6 +248,12 @@ def _sees(registry: Any, choice: str | Mapping[str, Any]) -> Literal["nothing", 
         return "text"
     key = type(method).__module__.rpartition(".")[2]
     return "weights" if key in ("cluster", "gradient", "sharing_inner") else "nothing"
+
+
+def _priced(recipe: Recipe) -> int:
+    """Numbers of active experts tried in a layer, where layers have numbers of their own."""
+    routed, chosen = recipe.experts - recipe.shared, recipe.top_k - recipe.shared
+    return routed - 1 if recipe.experts_per_layer == "allotted" and chosen < routed else 0
 
 
 def _refined(recipe: Recipe, machine: Machine) -> tuple[float, int, int] | None:

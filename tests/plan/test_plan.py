@@ -92,6 +92,19 @@ def test_refining_and_the_attention_cost_more() -> None:
     assert longer["refine"] == pytest.approx(2 * more.seconds["construct"]["refine"])
 
 
+def test_experts_per_layer_cost_streams_and_time() -> None:
+    name = "llama-2-7b-2of8"
+    plain = plan(name, machine=MACHINE)
+    more = plan(name, machine=MACHINE, overrides=["experts_per_layer=allotted"])
+    seconds = more.seconds["construct"]
+    assert seconds.keys() - plain.seconds["construct"].keys() == {"experts per layer"}
+    # seven numbers in 32 layers, 2,048 tokens through half the model each
+    assert seconds["experts per layer"] > 7 * 32 * 2048 * 6.5e9 / MACHINE.float32
+    (held,) = (parts for use, parts in more.memory.items() if "experts per layer" in use)
+    assert held["streams of changed models"] == 32 * 7 * 2048 * 4096 * 4
+    assert more.active == plain.active
+
+
 @pytest.mark.parametrize("shared", [0, 2])
 def test_a_plan_counts_what_the_conversion_makes(dense: Path, tmp_path: Path, shared: int) -> None:
     made = convert(dense, out=tmp_path / "moe", experts=6, top_k=3, shared=shared, gate="linear")
