@@ -12,7 +12,7 @@ from moesaic.construct.dense import DenseModel
 from moesaic.construct.recipe import Recipe, stage_names
 from moesaic.core.console import note
 
-__all__ = ["held_out", "name_the_idle", "stage_records"]
+__all__ = ["held_out", "name_the_idle", "name_the_unrefined", "stage_records"]
 
 _FLOAT32_BELOW = 2_000_000_000
 """Parameters up to which losses are measured in float32; larger models in their own type."""
@@ -70,6 +70,20 @@ def name_the_idle(facts: Sequence[Mapping[str, Any]]) -> None:
     never = [f"layer {f['layer']} expert {expert}" for f in facts for expert in f["never_chosen"]]
     if never:
         note(f"no calibration token chose {', '.join(never[:8])} ({len(never)} in all)")
+
+
+def name_the_unrefined(facts: Sequence[Mapping[str, Any]]) -> None:
+    """Say which layers training did not bring nearer to the dense model: these stay as they were."""
+    same = [
+        str(f["layer"])
+        for f in facts
+        if "refine" in f and f["refine"]["missed_after"] >= f["refine"]["missed_before"]
+    ]
+    if same:
+        note(
+            f"refine: training did not help layer {', '.join(same)} on held-back text; "
+            "there the refit's weights stay. More tokens or a lower learning_rate may help."
+        )
 
 
 def _loss(losses: Mapping[str, float] | None) -> dict[str, Any]:

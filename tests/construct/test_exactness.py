@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +15,7 @@ from moesaic.construct.export_layout import export_layout
 from moesaic.construct.layouts import LAYOUTS, supports
 from moesaic.construct.pipeline import Recipe, run
 from moesaic.construct.router import RouterInit
+from moesaic.construct.split import NeuronSplit
 from moesaic.construct.splits import SPLITS
 from moesaic.core.lineage import read_lineage
 from moesaic.models.checkpoint import Checkpoint
@@ -90,6 +92,29 @@ def test_every_split_and_every_layout(kind: str, product: bool, tmp_path: Path) 
             torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0, msg=f"{split} {layout}")
     assert tried == set(able)
     assert bool(able) is (kind in ("llama", "mistral", "qwen2", "qwen3", "olmo2", "deepseek_v3"))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2"])
+def test_a_router_keeps_its_bias(kind: str, tmp_path: Path) -> None:
+    """A bias alone chooses the expert, whatever the expert's number."""
+    dense, _ = made(tmp_path, kind)
+    width = Checkpoint(dense).config["intermediate_size"]
+
+    def model(name: str, order: list[int], biased: int) -> Any:
+        labels = [np.array(order)[np.arange(width) % 4]] * 3
+        file = NeuronSplit.from_labels(labels, experts=4).save(tmp_path / f"{name}.safetensors")
+        layer = {"weight": torch.zeros(4, 32), "bias": 3.0 * torch.eye(4)[biased]}
+        router = RouterInit([layer] * 3, [None] * 3)
+        out = convert(dense, out=tmp_path / name, split=str(file), router=router, top_k=1)
+        return moesaic.load(out, dtype=torch.float32)
+
+    first = model("first", [0, 1, 2, 3], biased=0)
+    config = first.config.to_dict()
+    assert config["gate_bias" if kind == "llama" else "router_bias"] is True
+    found = logits(first)
+    moved = logits(model("moved", [2, 1, 0, 3], biased=2))
+    torch.testing.assert_close(moved, found, atol=1e-5, rtol=0)
+    assert not torch.allclose(logits(model("other", [0, 1, 2, 3], biased=2)), found, atol=1e-2)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
