@@ -2,7 +2,7 @@
 
 Every layer is converted by itself, the others staying dense: divided and routed once, then run with
 each number of active experts. What the model's predictions lose, as KL from the dense model's on
-calibration rows that the routers were not fitted on, is the price of a number in a layer. Prices
+calibration rows that splits and routers have not seen, is the price of a number in a layer. Prices
 are taken to add up over layers, and a dynamic programme finds the cheapest numbers of the total.
 Each layer is read once: the streams that earlier layers changed move along with the dense one.
 Notation: L layers, E routed experts, K candidates 1 to E - 1, B rows, C tokens a row, T = B*C,
@@ -54,8 +54,9 @@ def allot(maker: LayerMaker, ids_BC: torch.Tensor, weighting: Weighting) -> Allo
     """Choose the routed experts of every layer, as many in all as the recipe's equal numbers.
 
     `maker` divides and routes the layers and is of no use afterwards. Of `ids_BC` [B, C], the
-    calibration text, the first rows are looked at; every eighth of them is measured on. The numbers
-    are 1 to E - 1, or E where the recipe leaves nothing out.
+    calibration text, the first rows are looked at: every eighth is measured on, the others are seen
+    by split and router (all are both where they are fewer than eight). The numbers are 1 to E - 1,
+    or E where the recipe leaves nothing out.
     """
     stream, recipe, each = maker.stream, maker.recipe, maker.recipe.top_k - maker.recipe.shared
     layers, routed = maker.dense.layers, recipe.experts - recipe.shared
@@ -63,7 +64,10 @@ def allot(maker: LayerMaker, ids_BC: torch.Tensor, weighting: Weighting) -> Allo
     if each == routed:
         return Allotment([each] * layers, [], 0)
     dense_BCD = stream.embed(ids_BC[: max(1, TOKENS // context)])
-    rows = slice(7, None, 8) if len(dense_BCD) > 7 else slice(None)
+    rows_B = torch.arange(len(dense_BCD), device=stream.device)
+    measured_B, fitted_B = rows_B % 8 == 7, rows_B % 8 != 7
+    if len(rows_B) < 8:
+        measured_B = fitted_B
     changed: list[torch.Tensor] = []  # of every layer so far, [K * measured rows, C, D]
     for index in track(range(layers), "choosing experts per layer"):
         module: Any = stream.load(index)
@@ -72,11 +76,18 @@ def allot(maker: LayerMaker, ids_BC: torch.Tensor, weighting: Weighting) -> Allo
             for part in moving_BCD.split(_ROWS):
                 part.copy_(run(part))
         residual_TD, x_TD = stream.attend(module, dense_BCD)
+        neurons_TF = mlp.act_fn(mlp.gate_proj(x_TD)).mul_(mlp.up_proj(x_TD))
+        few_x_TD, few_residual_TD, few_neurons_TF = (
+            whole.unflatten(0, (-1, context))[measured_B].flatten(0, 1)
+            for whole in (x_TD, residual_TD, neurons_TF)
+        )
+        dense_TD = stream.finish(module, residual_TD, mlp.down_proj(neurons_TF))
+        dense_BCD = dense_TD.view_as(dense_BCD)
         view = LayerView.of(
             index,
             mlp,
-            x_TD,
-            mlp.act_fn(mlp.gate_proj(x_TD)).mul_(mlp.up_proj(x_TD)),
+            x_TD.unflatten(0, (-1, context))[fitted_B].flatten(0, 1),
+            neurons_TF.unflatten(0, (-1, context))[fitted_B].flatten(0, 1),
             experts=recipe.experts,
             shared=recipe.shared,
             top_k=each,
@@ -84,10 +95,6 @@ def allot(maker: LayerMaker, ids_BC: torch.Tensor, weighting: Weighting) -> Allo
             seed=recipe.seed,
         )
         made = maker.divide(view, mlp.down_proj.bias)
-        few_x_TD, few_residual_TD, few_neurons_TF = (
-            whole.unflatten(0, (-1, context))[rows].flatten(0, 1)
-            for whole in (x_TD, residual_TD, view.neurons_TF)
-        )
         after = []
         for number in range(1, routed):
             made.gate.num_selects = number
@@ -96,9 +103,7 @@ def allot(maker: LayerMaker, ids_BC: torch.Tensor, weighting: Weighting) -> Allo
             out_TD = made.forward(few_neurons_TF, made.weights(few_x_TD), refitted=False)
             after.append(stream.finish(module, few_residual_TD, out_TD))
         changed.append(torch.cat(after).unflatten(0, (-1, context)))
-        out_TD = mlp.down_proj(view.neurons_TF)
-        dense_BCD = stream.finish(module, residual_TD, out_TD).view_as(dense_BCD)
-    wanted_TD = dense_BCD[rows].flatten(0, 1)
+    wanted_TD = dense_BCD[measured_B].flatten(0, 1)
     prices_LK = _divergence(
         maker, [moving.view(routed - 1, *wanted_TD.shape) for moving in changed], wanted_TD
     )
@@ -109,7 +114,7 @@ def cheapest(prices_LK: Sequence[Sequence[float]], *, total: int) -> list[int]:
     """The numbers, one a layer, that sum to `total` and whose prices sum to the least.
 
     Row l of `prices_LK` has the prices of 1, 2, ... K in layer l; `total` is L to L * K. Of equal
-    sums the one with the smaller numbers in late layers is kept.
+    sums always the same one is kept.
     """
     best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
     for prices_K in prices_LK:

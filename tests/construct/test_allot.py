@@ -86,7 +86,11 @@ def test_a_price_is_the_divergence_of_the_model_with_that_layer(kind, dense, tmp
     if kind != "llama":  # another head, or norms behind the feed-forward part
         path = write_family(tmp_path / "dense", kind)
         write_text_tokenizer(path)
-    made = run(path, recipe(dense, split="random", attention=None, refit=None), folder=tmp_path)
+    plain = {"split": "random", "attention": None, "refit": None}
+    router = run(path, recipe(dense, **plain, experts_per_layer="equal")).router()
+    router.save(tmp_path / "router.safetensors")
+    plain["router"] = str(tmp_path / "router.safetensors")
+    made = run(path, recipe(dense, **plain), folder=tmp_path)
     given = made.recipe
     rows = calibration_rows(path, given.data, tokens=2048, context=32, experts=4, seed=given.seed)
     measured = rows[7::8]
@@ -94,7 +98,6 @@ def test_a_price_is_the_divergence_of_the_model_with_that_layer(kind, dense, tmp
     exact = {"dtype": torch.float32, "attn_implementation": "eager"}
     with torch.no_grad():
         wanted = moesaic.load(path, **exact)(measured).logits.log_softmax(-1)
-        # The first layer gets the dense model's input, so its router is the priced one.
         for number in (1, 2, 3):
             numbers = [number, *[4] * (len(made.layers) - 1)]
             name = "num_selects" if kind == "llama" else "num_experts_per_tok"
