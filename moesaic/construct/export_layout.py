@@ -1,23 +1,21 @@
 """Write a mixture of ours in a stock transformers layout, which vLLM and llama.cpp load.
 
 Tensor by tensor, nothing is collected; then both are run and the difference is stated.
-Notation: E routed experts, K chosen, D hidden size, T tokens.
+Notation: E routed experts, D hidden size, T tokens.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import get_args
 
 import torch
 
-from moesaic.construct.dense import all_finite
-from moesaic.construct.layouts import FLATTEN, Layout, find_layout, obstacles
-from moesaic.construct.mixture_view import MixtureView, Rule, shape_check, view_of
+from moesaic.construct.layouts import FLATTEN, find_layout
+from moesaic.construct.mixture_view import Rule, view_of
+from moesaic.construct.relayout import Dtype, Relayout
 from moesaic.core.console import note, track
 from moesaic.core.errors import UserError
 from moesaic.core.files import check_step, output_directory, write_text
@@ -30,33 +28,11 @@ from moesaic.measure.exactness import (
     running_difference,
 )
 from moesaic.models.checkpoint import Checkpoint, CheckpointWriter, copy_companions
-from moesaic.models.writer import Planned
 
 __all__ = ["export_layout"]
 
-Dtype = Literal["keep", "float32"]
-
 FULL_BELOW = 2_000_000_000
 """Up to this many parameters whole models are compared, beyond it layers."""
-
-# Fields that every config has and that say nothing of the network.
-_RUNTIME = (
-    "_name_or_path",
-    "architectures",
-    "auto_map",
-    "chunk_size_feed_forward",
-    "dtype",
-    "head_dim",
-    "layer_types",
-    "model_type",
-    "output_attentions",
-    "output_hidden_states",
-    "problem_type",
-    "return_dict",
-    "sliding_window",
-    "transformers_version",
-    "use_sliding_window",
-)
 
 
 def export_layout(
@@ -96,7 +72,7 @@ def export_layout(
         raise UserError(f"tolerance={tolerance} was given. Give a positive number, such as 1e-3.")
     target = find_layout(layout)
     checkpoint = Checkpoint(model)
-    job = _Job(checkpoint, view_of(checkpoint.config, name=str(model)), target, dtype)
+    job = Relayout(checkpoint, view_of(checkpoint.config, name=str(model)), target, dtype)
     job.check()
     whole = checkpoint.parameters < FULL_BELOW
     worst = (0.0, 0.0)
@@ -108,7 +84,7 @@ def export_layout(
                 for name, tensor in job.layer(layer):
                     writer.write(name, tensor)
                 if not whole:
-                    worst = max(worst, job.layer_difference(layer))
+                    worst = max(worst, _layer_difference(job, layer))
         write_text(partial / "config.json", json.dumps(job.config(), indent=2) + "\n")
         copy_companions(model, partial)
         if whole:
@@ -119,7 +95,7 @@ def export_layout(
             raise UserError(
                 f"As {layout}, the outputs differ by {difference:.3g} (largest value "
                 f"{largest:.3g}), which is {relative:.2g} of it; the tolerance is {tolerance:g}. "
-                f"Nothing was written. {job.cure()}"
+                f"Nothing was written. {_cure(job)}"
             )
         write_lineage(
             partial,
@@ -150,235 +126,45 @@ def export_layout(
     return out
 
 
-@dataclass(frozen=True)
-class _Job:
-    """One mixture on its way into one layout."""
+def _cure(job: Relayout) -> str:
+    """What to do about a difference above the tolerance."""
+    if job.flattened:
+        return (
+            "The weights of chosen experts are 1, which no stock router gives exactly; "
+            "allow more with --tolerance."
+        )
+    if job.dtype == "keep" and any(math.log2(job.fold(i)) % 1 for i in range(job.view.layers)):
+        return "Factors in down projections were rounded: use --dtype float32, or --tolerance."
+    return "Allow more with --tolerance."
 
-    checkpoint: Checkpoint
-    view: MixtureView
-    layout: Layout
-    dtype: Dtype
 
-    @property
-    def flattened(self) -> bool:
-        """Whether weights of 1 are approached by a flat router."""
-        return self.view.rule == "one"
+@torch.inference_mode()
+def _layer_difference(job: Relayout, layer: int) -> tuple[float, float]:
+    """Compare a layer before and after on fixed tokens: difference, largest value."""
+    from transformers.activations import ACT2FN
 
-    @property
-    def rule(self) -> Rule:
-        """The rule that the exported routers follow."""
-        return self.layout.rules[0] if self.flattened else self.view.rule
-
-    @property
-    def zero_shared(self) -> bool:
-        """Whether the layout wants an always-on part that the mixture has not."""
-        return self.layout.shared in ("sigmoid", "whole") and not self.view.shared_width
-
-    @property
-    def shared_width(self) -> int:
-        """Width of the exported always-on part."""
-        return self.view.width if self.zero_shared else self.view.shared_width
-
-    def factor(self, layer: int) -> float:
-        """What the exported chosen experts' weights must be multiplied with."""
-        ones = {"renormalised": self.view.top_k, "softmax": self.view.experts, "sigmoid": 2}
-        return self.view.factors[layer] * (ones[self.rule] if self.flattened else 1)
-
-    @property
-    def global_factor(self) -> float | None:
-        """The factor of all layers, where the config has room for one."""
-        factors = {self.factor(layer) for layer in range(self.view.layers)}
-        return factors.pop() if self.layout.global_factor and len(factors) == 1 else None
-
-    def fold(self, layer: int) -> float:
-        """The factor that goes into the down projections of the routed experts."""
-        return 1.0 if self.global_factor is not None else self.factor(layer)
-
-    def check(self) -> None:
-        """Raise UserError unless the layout can carry the mixture."""
-        reasons = obstacles(self.view, self.layout)
-        for layer in range(self.view.layers if self.flattened else 0):
-            name = f"model.layers.{layer}.{self.view.correction_name()}"
-            if name in self.checkpoint and bool(self.read(name).any()):
-                reasons.append("its weights of chosen experts were trained away from 1")
-                break
-        if reasons:
-            raise UserError(
-                f"{self.checkpoint.path} cannot be written as {self.layout.model_type}: "
-                f"{'; '.join(reasons)}. Choose another layout, or keep our own class."
-            )
-        shape_check(self.checkpoint, self.view, "model.")
-
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor. Raises UserError for NaN."""
-        tensor = self.checkpoint.read(name)
-        if not all_finite(tensor):
-            raise UserError(
-                f"{self.checkpoint.path}: {name} holds NaN or infinite values. "
-                "Repair or replace the checkpoint."
-            )
-        return tensor
-
-    def cast(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor in the type that is written."""
-        return tensor.float() if self.dtype == "float32" else tensor
-
-    def kept(self) -> list[str]:
-        """Names of the tensors that stay: all but the feed-forward parts."""
-        tied = bool(self.view.text.get("tie_word_embeddings"))
-        return [
-            name
-            for name in self.checkpoint.keys()  # noqa: SIM118 - no dict
-            if not self.view.inside(name)
-            and not name.endswith("rotary_emb.inv_freq")
-            and not (tied and name == "lm_head.weight")
-        ]
-
-    def plan(self) -> list[Planned]:
-        """Name, type and shape of every tensor."""
-
-        def written(tensor: torch.dtype) -> torch.dtype:
-            return torch.float32 if self.dtype == "float32" else tensor
-
-        stored = self.checkpoint
-        plan: list[Planned] = [
-            (name, written(stored.dtype(name)), stored.shape(name)) for name in self.kept()
-        ]
-        for layer in range(self.view.layers):
-            plan += [
-                (name, tensor.dtype, tuple(tensor.shape))
-                for name, tensor in self.layer(layer, empty=True)
-            ]
-        return plan
-
-    def layer(self, layer: int, *, empty: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
-        """Names and tensors of a layer's feed-forward part; `empty`: shapes without content."""
-        start, view, layout = f"model.layers.{layer}.", self.view, self.layout
-
-        def get(name: str, factor: float = 1.0) -> torch.Tensor:
-            name = f"{start}{name}"
-            if empty:
-                shape, kind = self.checkpoint.shape(name), self.checkpoint.dtype(name)
-                return self.cast(torch.empty(shape, dtype=kind, device="meta"))
-            tensor = self.read(name)
-            if factor == 1:
-                return self.cast(tensor)
-            made = tensor.float() * factor
-            return made if self.dtype == "float32" else made.to(tensor.dtype)
-
+    made = dict(job.layer(layer))
+    start, view, layout = f"model.layers.{layer}.", job.view, job.layout
+    x_TD = fixed_tokens(int(view.text["hidden_size"]))
+    act = ACT2FN[view.text.get("hidden_activation") or view.text["hidden_act"]]
+    sums = []
+    for rule, factor, router, names, read in (
+        (view.rule, view.factors[layer], view.router_name(), view.names, job.read),
+        (
+            job.rule,
+            job.global_factor or 1.0,
+            layout.router,
+            lambda _, expert: layout.names(expert),
+            made.__getitem__,
+        ),
+    ):
+        weights_TE = _weights(x_TD @ read(f"{start}{router}").float().T, rule, view.top_k)
+        y_TD = torch.zeros_like(x_TD)
         for expert in range(view.experts):
-            gate, up, down = view.names(layer, expert)
-            to_gate, to_up, to_down = (f"{start}{name}" for name in layout.names(expert))
-            yield to_gate, get(gate)
-            yield to_up, get(up)
-            yield to_down, get(down, self.fold(layer))
-        router = get(view.router_name(), FLATTEN if self.flattened else 1.0)
-        yield f"{start}{layout.router}", router
-        if self.shared_width:
-            behind = 2.0 if layout.shared == "sigmoid" else 1.0  # sigmoid(0) is one half
-            factors = (1.0, 1.0, behind * view.shared_factor)
-            sources = view.shared_names() or view.names(layer, 0)
-            for name, source, factor in zip(layout.shared_names(), sources, factors, strict=True):
-                tensor = get(source, factor)
-                yield f"{start}{name}", torch.zeros_like(tensor) if self.zero_shared else tensor
-        hidden, place = router.shape[1], router.device
-        if layout.shared == "sigmoid":
-            zeros = torch.zeros(1, hidden, dtype=router.dtype, device=place)
-            yield f"{start}mlp.shared_expert_gate.weight", zeros
-        if layout.model_type == "deepseek_v3":
-            zeros = torch.zeros(view.experts, device=place)
-            yield f"{start}mlp.gate.e_score_correction_bias", zeros
-        if layout.model_type == "qwen2_moe":
-            for part in ("q", "k", "v"):
-                name = f"{start}self_attn.{part}_proj.bias"
-                if name not in self.checkpoint:
-                    rows = self.checkpoint.shape(name.replace("bias", "weight"))[0]
-                    yield name, torch.zeros(rows, dtype=router.dtype, device=place)
-
-    def config(self) -> dict[str, Any]:
-        """The config.json of the stock model."""
-        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-        view, layout, text = self.view, self.layout, self.view.text
-        stock = CONFIG_MAPPING[layout.model_type]
-        allowed = set(stock().to_dict()) - set(_RUNTIME)
-        fields = {key: value for key, value in text.items() if key in allowed}
-        if layout.free_head and text.get("head_dim") and layout.model_type != "deepseek_v3":
-            fields["head_dim"] = text["head_dim"]
-        if layout.window == "all":
-            fields["sliding_window"] = text.get("sliding_window")
-        written = "float32" if self.dtype == "float32" else None
-        embedding = self.checkpoint.dtype("model.embed_tokens.weight")
-        fields |= {
-            "architectures": [layout.architecture],
-            "model_type": layout.model_type,
-            "dtype": written or str(embedding).removeprefix("torch."),
-            "num_experts_per_tok": view.top_k,
-            "output_router_logits": False,
-            **_legacy_rope(text.get("rope_parameters") or {}),
-        }
-        normed = {"norm_topk_prob": self.rule == "renormalised"}
-        if layout.model_type == "mixtral":
-            return fields | {"num_local_experts": view.experts, "intermediate_size": view.width}
-        if layout.model_type in ("olmoe", "flex_olmo"):
-            return fields | normed | {"num_experts": view.experts, "intermediate_size": view.width}
-        fields["moe_intermediate_size"] = view.width
-        if layout.model_type == "deepseek_v3":
-            return fields | {
-                "norm_topk_prob": False,
-                "n_routed_experts": view.experts,
-                "n_shared_experts": self.shared_width // view.width,
-                "routed_scaling_factor": self.global_factor or 1.0,
-                "first_k_dense_replace": 0,
-                "n_group": 1,
-                "topk_group": 1,
-            }
-        fields |= {**normed, "num_experts": view.experts, "use_sliding_window": False}
-        fields |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
-        if layout.model_type == "qwen2_moe":
-            fields |= {"shared_expert_intermediate_size": self.shared_width, "qkv_bias": True}
-        return fields
-
-    def cure(self) -> str:
-        """What to do about a difference above the tolerance."""
-        if self.flattened:
-            return (
-                "The weights of chosen experts are 1, which no stock router gives exactly; "
-                "allow more with --tolerance."
-            )
-        if self.dtype == "keep" and any(
-            math.log2(self.fold(i)) % 1 for i in range(self.view.layers)
-        ):
-            return "Factors in down projections were rounded: use --dtype float32, or --tolerance."
-        return "Allow more with --tolerance."
-
-    @torch.inference_mode()
-    def layer_difference(self, layer: int) -> tuple[float, float]:
-        """Compare a layer before and after on fixed tokens: difference, largest value."""
-        from transformers.activations import ACT2FN
-
-        made = dict(self.layer(layer))
-        start, view, layout = f"model.layers.{layer}.", self.view, self.layout
-        x_TD = fixed_tokens(int(view.text["hidden_size"]))
-        act = ACT2FN[view.text.get("hidden_activation") or view.text["hidden_act"]]
-        sums = []
-        for rule, factor, router, names, read in (
-            (view.rule, view.factors[layer], view.router_name(), view.names, self.read),
-            (
-                self.rule,
-                self.global_factor or 1.0,
-                layout.router,
-                lambda _, expert: layout.names(expert),
-                made.__getitem__,
-            ),
-        ):
-            weights_TE = _weights(x_TD @ read(f"{start}{router}").float().T, rule, view.top_k)
-            y_TD = torch.zeros_like(x_TD)
-            for expert in range(view.experts):
-                parts = FeedForward(*(read(f"{start}{name}") for name in names(layer, expert)))
-                y_TD += feed_forward(x_TD, parts, act) * weights_TE[:, expert, None] * factor
-            sums.append(y_TD)
-        return float((sums[0] - sums[1]).abs().max()), float(sums[0].abs().max())
+            parts = FeedForward(*(read(f"{start}{name}") for name in names(layer, expert)))
+            y_TD += feed_forward(x_TD, parts, act) * weights_TE[:, expert, None] * factor
+        sums.append(y_TD)
+    return float((sums[0] - sums[1]).abs().max()), float(sums[0].abs().max())
 
 
 def _weights(logits_TE: torch.Tensor, rule: Rule, top_k: int) -> torch.Tensor:
@@ -390,14 +176,3 @@ def _weights(logits_TE: torch.Tensor, rule: Rule, top_k: int) -> torch.Tensor:
     if rule == "one":
         top_TK = torch.ones_like(top_TK)
     return torch.zeros_like(scores_TE).scatter(1, ids_TK, top_TK)
-
-
-def _legacy_rope(rope: dict[str, Any]) -> dict[str, Any]:
-    """The fields in which loaders before transformers 5 look for positions."""
-    if "rope_theta" not in rope:
-        return {}
-    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-    found: dict[str, Any] = {"rope_theta": rope["rope_theta"]}
-    if scaling.get("rope_type", "default") != "default":
-        found["rope_scaling"] = scaling
-    return found

@@ -69,11 +69,12 @@ def name_the_idle(facts: Sequence[Mapping[str, Any]]) -> None:
     """Say which experts no calibration token chose, by layer and number."""
     never = [f"layer {f['layer']} expert {expert}" for f in facts for expert in f["never_chosen"]]
     if never:
-        note(f"no calibration token chose {', '.join(never[:8])} ({len(never)} in all)")
+        rest = f" and {len(never) - 8} more" if len(never) > 8 else ""
+        note(f"no calibration token chose {', '.join(never[:8])}{rest}")
 
 
 def name_the_unrefined(facts: Sequence[Mapping[str, Any]]) -> None:
-    """Say which layers training did not bring nearer to the dense model: these stay as they were."""
+    """Say which layers training did not bring nearer to the dense model: they stay as they were."""
     same = [
         str(f["layer"])
         for f in facts
