@@ -10,7 +10,10 @@ import torch
 import moesaic
 from moesaic.construct.allot import cheapest
 from moesaic.construct.calibration import calibration_rows
+from moesaic.construct.export import export
+from moesaic.construct.export_layout import export_layout
 from moesaic.construct.pipeline import Recipe, construct, results, run
+from moesaic.core.errors import UserError
 from moesaic.models.anatomy import anatomy
 from tests.construct.dense_family_models import write_family
 from tests.construct.dense_models import write_dense, write_text_tokenizer
@@ -122,6 +125,21 @@ def test_all_experts_on_are_the_dense_model(dense, tmp_path):
     wanted = moesaic.load(dense / "model", dtype=torch.float32)(tokens()).logits
     model.set_moe_num_selects(4)
     torch.testing.assert_close(model(tokens()).logits, wanted, atol=1e-4, rtol=0)
+
+
+def test_stock_layouts_are_refused_and_the_dense_model_comes_back(dense, tmp_path):
+    run(dense / "model", recipe(dense), folder=tmp_path)
+    with pytest.raises(UserError, match="its layers use 1 to 3 experts a token"):
+        export_layout(tmp_path / "split", out=tmp_path / "mixtral", layout="mixtral")
+    assert not (tmp_path / "mixtral").exists()
+    export(tmp_path / "split", out=tmp_path / "dense")
+    wanted, given = (
+        moesaic.load(path, dtype=torch.float32)(tokens()).logits
+        for path in (dense / "model", tmp_path / "dense")
+    )
+    torch.testing.assert_close(given, wanted, atol=1e-4, rtol=0)
+    config = json.loads((tmp_path / "dense" / "config.json").read_text())
+    assert not {"num_selects", "num_experts_per_tok"} & config.keys()
 
 
 def test_refining_and_other_choices_take_the_numbers(dense, tmp_path):
