@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -121,6 +123,17 @@ def test_weight_gradients_compile_for_hopper(transposed, sixteen, tmp_path):
     assert "wgmma.mma_async" in ptx
     assert "cp.async.cg" in ptx
     assert _stack(compiled, tmp_path) == 0
+
+
+def test_a_launch_that_is_no_candidate_any_more_is_forgotten(tmp_path):
+    from moesaic.kernels.triton import tune
+
+    known = dict(zip(tune.CANDIDATES, (c[-1] for c in tune.CANDIDATES.values()), strict=True))
+    rows = {f"{name} bfloat16 64x64x8 rows<=64": asdict(launch) for name, launch in known.items()}
+    old = {"activation_gradient float16 1": {"width": 256, "stages": 4}, "gone bfloat16 1": {}}
+    path = tmp_path / "launches.json"
+    path.write_text(json.dumps(rows | old))
+    assert tune._read(path) == dict(zip(rows, known.values(), strict=True))
 
 
 # ---- on a GPU ----

@@ -110,12 +110,20 @@ def _launches(device: torch.device) -> dict[str, Launch]:
 
 
 def _read(path: Path) -> dict[str, Launch]:
-    """Read what is remembered; a damaged file counts as none."""
+    """Read what is remembered; a damaged file counts as none.
+
+    So does a launch that is no candidate any more: the kernels of today may not run it.
+    """
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
-        return {key: Launch(**row) for key, row in rows.items()}
+        known = {key: Launch(**row) for key, row in rows.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
+    return {
+        key: launch
+        for key, launch in known.items()
+        if launch in CANDIDATES.get(key.partition(" ")[0], ())
+    }
 
 
 def _remember(device: torch.device) -> None:
