@@ -39,7 +39,7 @@ Rows = dict[str, list[list[int]]]
 class Settings:
     """What all runs of a table share; rows made under other settings are never mixed with them."""
 
-    calibration: int = 262_144
+    calibration: int = 256_000
     """Calibration tokens."""
     block: int = 512
     """Tokens of a sequence, and of a document that is scored."""

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json as json_module
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="The output directory.")]
+DeviceOption = Annotated[
+    Literal["auto", "cpu", "cuda"], typer.Option(help="Where to run; auto prefers a GPU.")
+]
 SeedOption = Annotated[int, typer.Option(help="Seed of everything random.")]
 SetOption = Annotated[
     list[str] | None,

@@ -129,17 +129,7 @@ class DenseModel:
 
     def read(self, name: str) -> torch.Tensor:
         """Return one tensor. Raises UserError when it holds NaN or infinite values."""
-        tensor = self.checkpoint.read(name)
-        self.check_finite(name, tensor)
-        return tensor
-
-    def check_finite(self, name: str, tensor: torch.Tensor) -> None:
-        """Raise UserError when a tensor of this model holds NaN or infinite values."""
-        if not all_finite(tensor):
-            raise UserError(
-                f"{self.checkpoint.path}: {name} holds NaN or infinite values. "
-                "Repair or replace the checkpoint."
-            )
+        return read_finite(self.checkpoint, name)
 
 
 def open_dense(path: Path | str) -> DenseModel:
@@ -252,6 +242,22 @@ def expected_shapes(
     }
     shapes.update({name: heads[name] for name in _head_names(head, config)})
     return shapes
+
+
+def read_finite(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """Read one tensor. Raises UserError when it holds NaN or infinite values."""
+    tensor = checkpoint.read(name)
+    check_finite(checkpoint, name, tensor)
+    return tensor
+
+
+def check_finite(checkpoint: Checkpoint, name: str, tensor: torch.Tensor) -> None:
+    """Raise UserError when `tensor`, read as `name`, holds NaN or infinite values."""
+    if not all_finite(tensor):
+        raise UserError(
+            f"{checkpoint.path}: {name} holds NaN or infinite values. "
+            "Repair or replace the checkpoint."
+        )
 
 
 def all_finite(tensor: torch.Tensor) -> bool:

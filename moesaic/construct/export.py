@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from moesaic.construct.dense import all_finite
+from moesaic.construct.dense import read_finite
 from moesaic.construct.split import FILE_NAME as SPLIT_FILE
 from moesaic.construct.split import NeuronSplit
 from moesaic.core.console import note, track
@@ -185,13 +185,7 @@ class _Mixture:
         return fixed_tokens(self.hidden)
 
     def read(self, name: str) -> torch.Tensor:
-        tensor = self.checkpoint.read(name)
-        if not all_finite(tensor):
-            raise UserError(
-                f"{self.checkpoint.path}: {name} holds NaN or infinite values. "
-                "Repair or replace the checkpoint."
-            )
-        return tensor
+        return read_finite(self.checkpoint, name)
 
     def kept(self) -> list[str]:
         """Names of the tensors that are taken over: all but feed-forward layers and routers."""

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from moesaic.construct.dense import all_finite
+from moesaic.construct.dense import read_finite
 from moesaic.construct.layouts import FLATTEN, Layout, obstacles
 from moesaic.construct.mixture_view import MixtureView, Rule, shape_check
 from moesaic.core.errors import UserError
@@ -104,13 +104,7 @@ class Relayout:
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor. Raises UserError for NaN."""
-        tensor = self.checkpoint.read(name)
-        if not all_finite(tensor):
-            raise UserError(
-                f"{self.checkpoint.path}: {name} holds NaN or infinite values. "
-                "Repair or replace the checkpoint."
-            )
-        return tensor
+        return read_finite(self.checkpoint, name)
 
     def cast(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor in the type that is written."""

@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from moesaic.construct.blueprint import Blueprint
+from moesaic.construct.dense import check_finite
 from moesaic.core.console import track
 from moesaic.measure.exactness import (
     FeedForward,
@@ -119,7 +120,7 @@ def write_experts(
             tensors = coming.result()
             slot = slots[layer % len(slots)]
             for name, tensor in tensors.items():
-                dense.check_finite(name, tensor)
+                check_finite(dense.checkpoint, name, tensor)
             source = FeedForward(*(tensors.pop(name) for name in dense.ffn(layer)))
             experts = slot.experts(widths[layer])
             rearrange(source, blueprint.every(layer), experts)

@@ -195,8 +195,8 @@ def bench(
             graph, graph_refused = _graph(contender.forward, clock, repeats)
         if not decode and name != "gemm only":
             saved, peak = _memory(contender, problem)
-            spans = [clock.host(contender.step) for _ in range(repeats)]
-            host = median(t for t in spans if t is not None) if device.type == "cuda" else None
+            if device.type == "cuda":
+                host = median(clock.host(contender.step) for _ in range(repeats))
         timings[name] = Timing(
             name,
             forward=median(forward[name]),
@@ -284,10 +284,8 @@ class _Clock:
         end.synchronize()
         return float(start.elapsed_time(end))
 
-    def host(self, run: Callable[[], Any]) -> float | None:
-        """Milliseconds until `run` returns on a GPU that was idle; None on a CPU."""
-        if self.flush is None:
-            return None
+    def host(self, run: Callable[[], Any]) -> float:
+        """Milliseconds until `run` returns on a GPU that was idle."""
         self.wait()
         started = time.perf_counter()
         run()

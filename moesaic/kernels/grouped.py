@@ -72,15 +72,12 @@ def experts(
     compute = compute_dtype(x_TD, gate_up_EJD)
     arguments = (x_TD, gate_up_EJD, down_EDI, ids_TK, weights_TK)
     how = (activation, backend, compute, sentinels)
-    if torch.compiler.is_compiling():
-        out_TD = _operator(*arguments, *how)
-    elif backend == "grouped" and not sentinels and _few_on_a_cpu(ids_TK, gate_up_EJD, compute):
-        out_TD = _few(*arguments, activation, compute)
-    elif torch.is_grad_enabled():
-        out_TD = _operator(*arguments, *how)
-    else:
-        out_TD = _forward(*arguments, *how)[0]
-    return out_TD
+    traced, plain = torch.compiler.is_compiling(), backend == "grouped" and not sentinels
+    if not traced and plain and _few_on_a_cpu(ids_TK, gate_up_EJD, compute):
+        return _few(*arguments, activation, compute)
+    if traced or torch.is_grad_enabled():
+        return _operator(*arguments, *how)
+    return _forward(*arguments, *how)[0]
 
 
 def compute_dtype(x_TD: torch.Tensor, gate_up_EJD: torch.Tensor) -> torch.dtype:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from moesaic.cli.output import JsonOption, SeedOption, emit
+from moesaic.cli.output import DeviceOption, JsonOption, SeedOption, emit
 
 PANEL = "Run"
 
@@ -30,9 +30,7 @@ def command(
     tokenizer: Annotated[
         Path | None, typer.Option(help="Take the tokenizer of another directory.")
     ] = None,
-    device: Annotated[
-        Literal["auto", "cpu", "cuda"], typer.Option(help="Where to run; auto prefers a GPU.")
-    ] = "auto",
+    device: DeviceOption = "auto",
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
         typer.Option(help="Number format; auto is the checkpoint's on a GPU, float32 on a CPU."),

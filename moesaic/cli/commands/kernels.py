@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from moesaic.cli.output import JsonOption, SeedOption, emit
+from moesaic.cli.output import DeviceOption, JsonOption, SeedOption, emit
 
 PANEL = "Study"
 
@@ -47,9 +47,7 @@ def check(
         str, typer.Argument(help="A model directory, hub id or alias; config.json is enough.")
     ],
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to route.")] = 63,
-    device: Annotated[
-        Literal["auto", "cpu", "cuda"], typer.Option(help="Where to run; auto prefers a GPU.")
-    ] = "auto",
+    device: DeviceOption = "auto",
     seed: SeedOption = 0,
     json: JsonOption = False,
 ) -> None:
@@ -169,9 +167,7 @@ def bench(
     only: Annotated[
         list[str] | None, typer.Option(help="Time only this contender; again for more.")
     ] = None,
-    device: Annotated[
-        Literal["auto", "cpu", "cuda"], typer.Option(help="Where to run; auto prefers a GPU.")
-    ] = "auto",
+    device: DeviceOption = "auto",
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The output directory, for bench.json.")
     ] = None,
@@ -261,9 +257,7 @@ def bench_router(
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens in a call.")] = 16384,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds; the median counts.")] = 11,
-    device: Annotated[
-        Literal["auto", "cpu", "cuda"], typer.Option(help="Where to run; auto prefers a GPU.")
-    ] = "auto",
+    device: DeviceOption = "auto",
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The output directory, for bench.json.")
     ] = None,

@@ -109,21 +109,15 @@ class CalibratedSplit(SplitMethod):
 
     def divide(self, inputs: SplitInputs) -> Iterator[LayerSplit]:
         """Yield the split of every layer of the dense model in order."""
-        ids_BC = text_sample(inputs.model, inputs.data, tokens=self.tokens, context=self.context)
-        stream = LayerStream(inputs.dense, context=self.context)
         top_k = min(self.top_k, inputs.experts - inputs.shared)
-        for seen in stream.layers(ids_BC):
-            view = LayerView.of(
-                seen.layer,
-                seen.module.mlp,
-                seen.normed_TD,
-                seen.neurons(),
-                experts=inputs.experts,
-                shared=inputs.shared,
-                top_k=top_k,
-                context=self.context,
-                seed=inputs.seed,
-            )
+        for view in _views(
+            inputs,
+            tokens=self.tokens,
+            context=self.context,
+            experts=inputs.experts,
+            shared=inputs.shared,
+            top_k=top_k,
+        ):
             yield self.divide_layer(view)
             if view.facts:
                 inputs.facts.setdefault("by_layer", []).append(view.facts)
@@ -146,22 +140,33 @@ class CalibratedRouter(RouterMethod):
 
     def build(self, inputs: RouterInputs) -> Iterator[dict[str, torch.Tensor]]:
         """Yield the router weights of every layer of the dense model in order."""
-        ids_BC = text_sample(inputs.model, inputs.data, tokens=self.tokens, context=self.context)
-        stream = LayerStream(inputs.dense, context=self.context)
         shared = inputs.split.num_shared
-        for seen in stream.layers(ids_BC):
-            view = LayerView.of(
-                seen.layer,
-                seen.module.mlp,
-                seen.normed_TD,
-                seen.neurons(),
-                experts=inputs.split.num_experts + shared,
-                shared=shared,
-                top_k=inputs.top_k,
-                context=self.context,
-                seed=inputs.seed,
-            )
-            yield self.fit_layer(view, inputs.split.experts[seen.layer])
+        for view in _views(
+            inputs,
+            tokens=self.tokens,
+            context=self.context,
+            experts=inputs.split.num_experts + shared,
+            shared=shared,
+            top_k=inputs.top_k,
+        ):
+            yield self.fit_layer(view, inputs.split.experts[view.layer])
+
+
+def _views(
+    inputs: SplitInputs | RouterInputs, *, tokens: int, context: int, **sizes: int
+) -> Iterator[LayerView]:
+    """Every layer of the dense model in order, on `tokens` tokens of the inputs' text."""
+    ids_BC = text_sample(inputs.model, inputs.data, tokens=tokens, context=context)
+    for seen in LayerStream(inputs.dense, context=context).layers(ids_BC):
+        yield LayerView.of(
+            seen.layer,
+            seen.module.mlp,
+            seen.normed_TD,
+            seen.neurons(),
+            context=context,
+            seed=inputs.seed,
+            **sizes,
+        )
 
 
 def held_back(tokens: int, context: int) -> torch.Tensor:
