@@ -19,6 +19,7 @@ import torch
 from torch.nn import functional
 
 from moesaic.construct.free.block import dense_block
+from moesaic.construct.free.head import head_of
 from moesaic.construct.free.view import LayerView
 from moesaic.construct.layer_maker import LayerMaker
 from moesaic.construct.weighting import Weighting
@@ -100,7 +101,7 @@ def allot(maker: LayerMaker, ids_BC: torch.Tensor, weighting: Weighting) -> Allo
             made.gate.num_selects = number
             fields = weighting.fields(routed=routed, selects=number)
             made.scale = float(fields.get("score_scale_factor", 1.0))
-            out_TD = made.forward(few_neurons_TF, made.weights(few_x_TD), refitted=False)
+            out_TD = made.forward(few_neurons_TF, made.weights(few_x_TD))
             after.append(stream.finish(module, few_residual_TD, out_TD))
         changed.append(torch.cat(after).unflatten(0, (-1, context)))
     wanted_TD = dense_BCD[measured_B].flatten(0, 1)
@@ -132,25 +133,15 @@ def _divergence(
     maker: LayerMaker, changed_LKTD: Sequence[torch.Tensor], wanted_TD: torch.Tensor
 ) -> list[list[float]]:
     """KL of the predictions behind changed streams from those behind the dense one: [L][K]."""
-    dense, stream = maker.dense, maker.stream
-    norm = stream.norm_after(dense.layers - 1)
-    before, after = dense.outer()
-    # a tied head is the embedding
-    name = after[-1] if len(after) > 1 else before[0]
-    head_VD = dense.read(name).to(stream.device).float()
-    cap = dense.config.get("final_logit_softcapping")
-
-    def predictions(x_TD: torch.Tensor) -> torch.Tensor:
-        logits_TV = functional.linear(norm(x_TD), head_VD)
-        return ((logits_TV / cap).tanh() * cap if cap else logits_TV).log_softmax(-1)
-
+    norm = maker.stream.norm_after(maker.dense.layers - 1)
+    head = head_of(maker.stream)
     sums_LK = torch.zeros(len(changed_LKTD), len(changed_LKTD[0]), dtype=torch.float64)
     for start in range(0, len(wanted_TD), _PART):
         tokens = slice(start, start + _PART)
-        wanted_TV = predictions(wanted_TD[tokens])
+        wanted_TV = head.log_probabilities(norm(wanted_TD[tokens]))
         for layer, changed_KTD in enumerate(changed_LKTD):
             for place, changed_TD in enumerate(changed_KTD):
-                given_TV = predictions(changed_TD[tokens])
+                given_TV = head.log_probabilities(norm(changed_TD[tokens]))
                 found = functional.kl_div(given_TV, wanted_TV, log_target=True, reduction="sum")
                 sums_LK[layer, place] += float(found)
     return (sums_LK / len(wanted_TD)).tolist()

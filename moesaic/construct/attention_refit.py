@@ -1,20 +1,22 @@
-"""The refit of the attention's output projection: ridge regression towards the dense model.
+"""The refit of attention: ridge regressions towards the dense model.
 
-The converted layers before have changed what the attention gets; its output projection, which costs
-nothing more than before, makes up for part of that.
+The converted layers before have changed what attention gets. Its output projection, and with `maps`
+its query, key and value projections, cost nothing more than before and make up for part of that.
 Notation: B rows, C tokens a row, T = B*C tokens, D hidden size, P inputs of o_proj.
 """
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from moesaic.construct.activations import LayerStream
-from moesaic.construct.free.ridge import Moments, solve
+from moesaic.construct.free.ridge import regress
 from moesaic.construct.free.view import held_back
+from moesaic.construct.input_maps import fit_map, fold
 
 __all__ = ["Attended", "attend_both"]
 
@@ -28,8 +30,8 @@ class Attended:
     residual_TD: torch.Tensor
     """The converted model's residual stream."""
     normed_TD: torch.Tensor
-    weight_DP: torch.Tensor | None
-    """The new weight of o_proj, if it was refitted."""
+    weights: dict[str, torch.Tensor]
+    """The weights that were refitted, by name in the layer."""
 
 
 @torch.inference_mode()
@@ -40,21 +42,41 @@ def attend_both(
     moe_BCD: torch.Tensor,
     *,
     blend: float | None,
+    maps: bool,
     dtype: torch.dtype,
 ) -> Attended:
     """Attention of one layer on both streams; with `blend`, o_proj refitted on the converted one.
 
     The target lies `blend` of the way from what the layer gives on the converted stream to what
     brings that stream back to the dense one, or, where the family puts a norm between, to what the
-    dense model's projection gives. The weight is rounded to `dtype`, that of the file.
+    dense model's projection gives. `maps` folds a map of what q, k and v read into them before.
+    Weights are rounded to `dtype`, that of the file. Streams that are the same tensor are attended
+    to once, and nothing is refitted.
     """
+    if moe_BCD is dense_BCD:
+        both = stream.attend(module, dense_BCD)
+        return Attended(*both, *both, {})
     if blend is None:
         dense = stream.attend(module, dense_BCD)
-        return Attended(*dense, *stream.attend(module, moe_BCD), None)
-    projection = module.self_attn.o_proj
+        return Attended(*dense, *stream.attend(module, moe_BCD), {})
+    attention, projection = module.self_attn, module.self_attn.o_proj
+    readers = [name for name in _READERS if hasattr(attention, name)]
     normed = stream.output_norms(module)
-    with _Tap(projection, inputs=False, outputs=normed) as dense_tap:
+    with (
+        _Tap(projection, inputs=False, outputs=normed) as dense_tap,
+        _Tap(getattr(attention, readers[0]), inputs=maps, outputs=False) as reads,
+    ):
         dense_residual_TD, dense_normed_TD = stream.attend(module, dense_BCD)
+    weights: dict[str, torch.Tensor] = {}
+    held_T = held_back(moe_BCD[..., 0].numel(), moe_BCD.shape[1]).to(moe_BCD.device)
+    if maps:
+        given_TD = _read(stream, module, getattr(attention, readers[0]), moe_BCD)
+        map_DD = fit_map(given_TD, reads.seen_inputs(), held_T)
+        for name in readers:
+            reader: Any = getattr(attention, name)
+            folded = weights[f"self_attn.{name}.weight"] = fold(reader.weight, map_DD, dtype)
+            _put(reader, folded)
+        del given_TD
     with _Tap(projection, inputs=True, outputs=normed) as tap:
         residual_TD, normed_TD = stream.attend(module, moe_BCD)
     mixed_TP = tap.seen_inputs()
@@ -65,41 +87,53 @@ def attend_both(
         target_TD = torch.lerp(residual_TD, dense_residual_TD, blend).sub_(before_TD)
     offset = 0.0 if projection.bias is None else projection.bias
     target_TD -= offset
-    weight_DP = _refit(mixed_TP, target_TD, projection.weight, moe_BCD.shape[1])
-    weight_DP = weight_DP.to(dtype).float()
+    found = regress(mixed_TP, target_TD, held_T, start_PQ=projection.weight.T.contiguous())
+    weight_DP = weights[_OUTPUT] = found.weights_PQ.T.contiguous().to(dtype).float()
     if normed:
-        projection.weight = torch.nn.Parameter(weight_DP, requires_grad=False)
+        _put(projection, weight_DP)
         residual_TD, normed_TD = stream.attend(module, moe_BCD)
     else:
         torch.addmm(before_TD, mixed_TP, weight_DP.T, out=residual_TD)
         residual_TD += offset
         for part, out in zip(residual_TD.split(_PART), normed_TD.split(_PART), strict=True):
             out.copy_(module.post_attention_layernorm(part))
-    return Attended(dense_residual_TD, dense_normed_TD, residual_TD, normed_TD, weight_DP)
+    return Attended(dense_residual_TD, dense_normed_TD, residual_TD, normed_TD, weights)
 
 
 _PART = 8192
+_OUTPUT = "self_attn.o_proj.weight"
+_READERS = ("q_proj", "k_proj", "v_proj", "qkv_proj")
 
 
-def _refit(
-    mixed_TP: torch.Tensor, target_TD: torch.Tensor, start_DP: torch.Tensor, context: int
+def _put(projection: Any, weight: torch.Tensor) -> None:
+    projection.weight = torch.nn.Parameter(weight, requires_grad=False)
+
+
+def _read(
+    stream: LayerStream, module: Any, reader: torch.nn.Module, hidden_BCD: torch.Tensor
 ) -> torch.Tensor:
-    held_T = held_back(len(mixed_TP), context).to(mixed_TP.device)
-    sizes = (mixed_TP.shape[1], target_TD.shape[1])
-    fitted, held = (Moments(*sizes, device=mixed_TP.device) for _ in range(2))
-    for x_TP, y_TD, back_T in zip(
-        mixed_TP.split(_PART), target_TD.split(_PART), held_T.split(_PART), strict=True
-    ):
-        fitted.add(x_TP[~back_T], y_TD[~back_T])
-        held.add(x_TP[back_T], y_TD[back_T])
-    return solve(fitted, held, start_PQ=start_DP.T.contiguous()).weights_PQ.T.contiguous()
+    """What `reader` is given, [T, D]; the layer is left as soon as it has been."""
+    with _Tap(reader, inputs=True, outputs=False, leave=True) as tap:
+        for rows_BCD in hidden_BCD.split(_ROWS):
+            with contextlib.suppress(_Seen):
+                stream.block(module, rows_BCD)
+    return tap.seen_inputs()
+
+
+_ROWS = 8
+
+
+class _Seen(Exception):
+    """What was looked for has been seen."""
 
 
 class _Tap:
     """Keeps what goes into a module and what comes out, where that is asked for."""
 
-    def __init__(self, module: torch.nn.Module, *, inputs: bool, outputs: bool) -> None:
-        self._module, self._inputs, self._outputs = module, inputs, outputs
+    def __init__(
+        self, module: torch.nn.Module, *, inputs: bool, outputs: bool, leave: bool = False
+    ) -> None:
+        self._module, self._inputs, self._outputs, self._leave = module, inputs, outputs, leave
         self._in: list[torch.Tensor] = []
         self._out: list[torch.Tensor] = []
 
@@ -115,6 +149,8 @@ class _Tap:
             self._in.append(given[0].flatten(0, -2))
         if self._outputs:
             self._out.append(out.flatten(0, -2))
+        if self._leave:
+            raise _Seen
 
     def seen_inputs(self) -> torch.Tensor:
         """All inputs, [T, P]."""

@@ -20,7 +20,9 @@ def calibration_rows(
 ) -> torch.Tensor:
     """Token ids [B, C]: rows drawn by the seed among four times as many, domains in equal parts.
 
-    Raises UserError when there is no data, or too little for the experts.
+    Rows begin with a document, as what a model is given later does; where the documents are too
+    few for that, they are read one after the other without a gap. Raises UserError when there is no
+    data, or too little for the experts.
     """
     from moesaic.data import calibration_batches
     from moesaic.models.tokenizer import load_tokenizer
@@ -30,11 +32,14 @@ def calibration_rows(
             "No calibration text was given. Put data: in the recipe or give --data: a .jsonl or "
             ".txt file, a folder, or the name of a dataset."
         )
-    batches = calibration_batches(data, load_tokenizer(model), tokens=4 * tokens, context=context)
-    rows_BC = torch.cat(list(batches))
+    tokenizer, wanted = load_tokenizer(model), max(1, tokens // context)
+    for starts in (True, False):
+        sizes = {"tokens": 4 * tokens, "context": context}
+        rows_BC = torch.cat(list(calibration_batches(data, tokenizer, **sizes, starts=starts)))
+        if len(rows_BC) >= wanted:
+            break
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(rows_BC), generator=generator)
-    ids_BC = rows_BC[chosen[: max(1, tokens // context)]]
+    ids_BC = rows_BC[torch.randperm(len(rows_BC), generator=generator)[:wanted]]
     least = LEAST * experts
     if ids_BC.numel() < least:
         raise UserError(

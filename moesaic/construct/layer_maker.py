@@ -24,8 +24,10 @@ from moesaic.construct.choices import RouterChoice, SplitChoice
 from moesaic.construct.dense import DenseModel
 from moesaic.construct.free.block import Fixed, RoutedBlock, dense_block
 from moesaic.construct.free.distil import Distillation, Target, distil
+from moesaic.construct.free.head import Head, head_of
 from moesaic.construct.free.layer import ConvertedLayer
 from moesaic.construct.free.view import LayerView
+from moesaic.construct.input_maps import fold_experts
 from moesaic.construct.method import LayerSplit
 from moesaic.construct.recipe import Recipe
 from moesaic.construct.refit import Refit, RefitInputs
@@ -84,12 +86,15 @@ class LayerMaker:
         self.split, self.refit, self.refine = split, refit, refine
         each = recipe.top_k - recipe.shared
         self.selects = each if selects is None else selects
+        self.maps = recipe.maps and refit is not None
         self.router = RouterChoice(dense, recipe, split, selects=each)
         self.stream = LayerStream(dense, context=ids_BC.shape[1], device=recipe.place())
         self.dense_BCD = self.stream.embed(ids_BC)
-        self.moe_BCD = self.dense_BCD.clone()
+        self.moe_BCD = self.dense_BCD  # until a layer has been changed
         self.dtype = dense.checkpoint.dtype(dense.ffn(0)[2])
         self.seconds: dict[str, float] = {}
+        self._later: dict[int, Target] = {}
+        self._predicts: Head | None = None
 
     @torch.inference_mode()
     def layer(self, index: int) -> tuple[MadeLayer, dict[str, LayerWeights]]:
@@ -103,6 +108,7 @@ class LayerMaker:
                 self.dense_BCD,
                 self.moe_BCD,
                 blend=self.recipe.attention,
+                maps=self.maps,
                 dtype=self.dtype,
             )
             shape = self.moe_BCD.shape
@@ -134,20 +140,34 @@ class LayerMaker:
             made = self.divide(view, mlp.down_proj.bias)
             weights_TE = made.weights(x_TD)
         gate_PD, up_PD = view.gate_FD[made.order_P], view.up_FD[made.order_P]
-        others = {} if seen.weight_DP is None else {_OUTPUT: seen.weight_DP}
         last = LayerWeights(made.parts, made.router, gate_PD, up_PD, made.down_PD, {})
         stages = {"split": last}
-        errors = {"split": made.error(view, weights_TE, own_TD, refitted=False)}
+        errors = {"split": made.error(neurons_TF, weights_TE, own_TD, view.held_T)}
+        made.judge(view, weights_TE, own_TD)
         if self.refit is not None:
             with self._timed("refit"):
-                refitted_PD = self._refit(self.refit, view, made, weights_TE, own_TD, full_TD)
-            last = stages["refit"] = replace(last, down_PD=refitted_PD, others=others)
-            errors["refit"] = made.error(view, weights_TE, own_TD, refitted=True)
+                if self.maps and index:
+                    gate_PD, up_PD = fold_experts(
+                        gate_PD,
+                        up_PD,
+                        x_TD,
+                        seen.dense_normed_TD,
+                        weights_TE,
+                        sizes=made.sizes,
+                        held_T=view.held_T,
+                        dtype=self.dtype,
+                    )
+                    neurons_TF = made.fold(view, gate_PD, up_PD)
+                down_PD = self._refit(
+                    self.refit, view, made, neurons_TF, weights_TE, own_TD, full_TD
+                )
+            last = stages["refit"] = replace(last, gate_PD=gate_PD, up_PD=up_PD, down_PD=down_PD)
+            errors["refit"] = made.error(neurons_TF, weights_TE, own_TD, view.held_T)
+            made.judge_refit(neurons_TF, own_TD)
         del full_TD
-        last.others = others
-        made.judge(view, weights_TE, own_TD)
+        last.others = seen.weights
         if self.refine is None:
-            out_TD = made.forward(neurons_TF, weights_TE, refitted=True)
+            out_TD = made.forward(neurons_TF, weights_TE)
             self.moe_BCD = self.stream.finish(module, seen.residual_TD, out_TD).view(shape)
         else:
             with self._timed("refine"):
@@ -204,6 +224,7 @@ class LayerMaker:
         refit: Refit,
         view: LayerView,
         made: ConvertedLayer,
+        neurons_TF: torch.Tensor,
         weights_TE: torch.Tensor,
         own_TD: torch.Tensor,
         full_TD: torch.Tensor,
@@ -213,7 +234,7 @@ class LayerMaker:
         inputs = RefitInputs(
             view.layer,
             len(own_TD),
-            lambda part: made.features(view.neurons_TF[part], weights_TE[part]),
+            lambda part: made.features(neurons_TF[part], weights_TE[part]),
             own_TD if bias_D is None else own_TD - bias_D,
             full_TD if bias_D is None else full_TD - bias_D,
             view.held_T,
@@ -248,6 +269,7 @@ class LayerMaker:
                 block,
                 self.moe_BCD,
                 self._targets(view.layer, settings.ahead),
+                head=self._head(view.layer, settings),
                 settings=settings,
                 seed=self.recipe.seed + view.layer,
                 graph=self.stream.graphs(),
@@ -288,15 +310,40 @@ class LayerMaker:
             router=start.router,
         )
 
-    def _targets(self, layer: int, ahead: int) -> list[Target]:
-        """The dense model's streams after a layer and after those ahead of it."""
+    def _targets(self, layer: int, ahead: int | None) -> list[Target]:
+        """The dense model's streams after a layer and after those ahead of it.
+
+        Streams are kept from layer to layer while they take little room; those further on are made
+        again for every batch.
+        """
+        places = self.dense.layers - layer
+        if ahead is not None:
+            places = min(places, ahead + 1)
+        self._later = {place: it for place, it in self._later.items() if place > layer}
         found = [Target(self.dense_BCD, self.stream.norm_after(layer))]
-        for later in range(layer + 1, min(layer + ahead + 1, self.dense.layers)):
-            lead = dense_block(self.stream, self.stream.load(later))
-            with torch.no_grad():
-                stream_BCD = _in_parts(lead, found[-1].stream_BCD)
-            found.append(Target(stream_BCD, self.stream.norm_after(later), lead))
+        room = max(1, _KEPT // (self.dense_BCD.numel() * 4))
+        for later in range(layer + 1, layer + places):
+            it = self._later.get(later)
+            if it is None:
+                lead = dense_block(self.stream, self.stream.load(later))
+                it = Target(None, self.stream.norm_after(later), lead)
+            before_BCD = found[-1].stream_BCD
+            if it.stream_BCD is None and before_BCD is not None and len(found) < room:
+                assert it.lead is not None
+                with torch.no_grad():
+                    it = replace(it, stream_BCD=_in_parts(it.lead, before_BCD))
+            self._later[later] = it
+            found.append(it)
         return found
+
+    def _head(self, layer: int, settings: Distillation) -> Head | None:
+        """The dense model's head, where `ahead` reaches the last layer and it counts."""
+        behind = self.dense.layers - 1 - layer
+        if not settings.kl or (settings.ahead is not None and settings.ahead < behind):
+            return None
+        if self._predicts is None:
+            self._predicts = head_of(self.stream)
+        return self._predicts
 
     def _rounded(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: tensor.to(self.dtype).float() for name, tensor in tensors.items()}
@@ -324,4 +371,5 @@ def _in_parts(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor)
 
 
 _PART = 8192
-_OUTPUT = "self_attn.o_proj.weight"
+_KEPT = 8 << 30
+"""Bytes of the dense model's streams that are kept for refining."""

@@ -47,6 +47,9 @@ class Recipe(Config):
     """`layerwise`: train each layer towards the dense model's stream, one after the other."""
     attention: float | None = Field(default=1.0, ge=0, le=1)
     """Refit the attention's output projection too, so far towards the dense stream; null: no."""
+    maps: bool = True
+    """With the refits, fold ridge maps of what each weight reads, as the layers before have changed
+    it, to what it read in the dense model into q, k and v and into every expert's gate and up."""
     experts: int = Field(default=8, ge=1)
     """Experts of a layer, shared ones included."""
     top_k: int = Field(default=2, ge=1)

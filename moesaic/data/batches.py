@@ -33,18 +33,27 @@ def document_rows(
 
 
 def calibration_batches(
-    data: Data, tokenizer: Any, *, tokens: int, context: int = 512, batch: int = 8
+    data: Data,
+    tokenizer: Any,
+    *,
+    tokens: int,
+    context: int = 512,
+    batch: int = 8,
+    starts: bool = False,
 ) -> Iterator[torch.Tensor]:
     """Yield LongTensors [B, T] of real text: `tokens` in all, rounded down to full rows of
     `context`.
 
     The domains take turns row by row; inside a domain, documents follow one another in their order.
-    Every row is full, so there is no mask. Raises UserError when the data holds less than one row.
+    Every row is full, so there is no mask. With `starts` every row begins with a document, as
+    prompts do, and what is left of its last one is dropped. Raises UserError when the data holds
+    less than one row.
     """
     import torch
 
     wanted = max(1, tokens // context)
-    streams = [_rows(source, tokenizer, context) for source in open_domains(data).values()]
+    sources = open_domains(data).values()
+    streams = [_rows(source, tokenizer, context, starts=starts) for source in sources]
     turns = itertools.chain.from_iterable(itertools.zip_longest(*streams))
     rows = itertools.islice((row for row in turns if row is not None), wanted)
     empty = True
@@ -58,10 +67,10 @@ def calibration_batches(
         )
 
 
-def _rows(source: Source, tokenizer: Any, context: int) -> Iterator[list[int]]:
+def _rows(source: Source, tokenizer: Any, context: int, *, starts: bool) -> Iterator[list[int]]:
     buffer: list[int] = []
     for row in document_rows(source, tokenizer, context=1 << 62):
         buffer += row
         while len(buffer) >= context:
             yield buffer[:context]
-            del buffer[:context]
+            buffer = [] if starts else buffer[context:]

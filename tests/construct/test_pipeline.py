@@ -7,9 +7,12 @@ import pytest
 import torch
 
 import moesaic
+from moesaic.construct.calibration import calibration_rows
+from moesaic.construct.input_maps import fit_map, fold, fold_experts
 from moesaic.construct.pipeline import Recipe, construct, results, run
 from moesaic.construct.split import NeuronSplit
 from moesaic.core.errors import UserError
+from moesaic.models.tokenizer import load_tokenizer
 from tests.construct.dense_models import write_dense, write_text_tokenizer
 from tests.helpers import assert_user_error, run_cli
 
@@ -105,7 +108,7 @@ def test_distillation_brings_layers_nearer(dense, tmp_path):
     settings = {"method": "layerwise", "passes": 6, "batch": 128}
     made = run(dense / "model", recipe(dense, refine=settings), folder=tmp_path)
     for layer in made.layers:
-        assert layer.facts["refine"]["missed_after"] < layer.facts["refine"]["missed_before"]
+        assert layer.facts["refine"]["loss_after"] < layer.facts["refine"]["loss_before"]
     ids = torch.randint(0, 29, (2, 24), generator=torch.Generator().manual_seed(1))
     last, refit = (stage(tmp_path, name)(ids).logits for name in ("refine", "refit"))
     assert not torch.allclose(last, refit)
@@ -122,6 +125,39 @@ def test_attention_is_refitted_where_its_input_has_changed(dense, tmp_path):
     torch.testing.assert_close(before, second)
 
 
+def test_maps_repair_what_is_read(dense, tmp_path):
+    for maps in (False, True):
+        mapped = run(dense / "model", recipe(dense, maps=maps), folder=tmp_path / str(maps))
+    models = {maps: stage(tmp_path / str(maps), "refit").model.layers for maps in (False, True)}
+    for part in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
+        for index, changed in ((0, False), (1, True)):  # nothing lies before the first layer
+            weights = [models[maps][index].get_submodule(part).weight for maps in (False, True)]
+            assert torch.equal(*weights) != changed, (part, index)
+    made = [models[maps][1].mlp.calculator.experts.gate_up_proj for maps in (False, True)]
+    assert not torch.equal(*made)
+    # what the layer reads does not change the neurons of the stage before
+    assert mapped.layers[1].facts["all_on"] < 1e-4
+
+
+def test_a_map_is_folded_into_what_reads_it():
+    generator = torch.Generator().manual_seed(0)
+    wanted = torch.randn(4096, 6, generator=generator)
+    given = wanted @ torch.randn(6, 6, generator=generator)  # the map is its inverse
+    weight = torch.randn(5, 6, generator=generator)
+    held = torch.arange(4096) % 8 == 7
+    folded = fold(weight, fit_map(given, wanted, held), torch.float32)
+    torch.testing.assert_close(given @ folded.T, wanted @ weight.T, atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(fit_map(wanted, wanted, held), torch.eye(6), atol=1e-4, rtol=0)
+    # two experts with streams of their own: each is mapped by its own tokens
+    used = torch.stack([torch.arange(4096) < 2048, torch.arange(4096) >= 2048], 1).float()
+    mixed = torch.where(used[:, :1] > 0, given, wanted)
+    gate, up = fold_experts(
+        weight, weight, mixed, wanted, used, sizes=[2, 3], held_T=held, dtype=torch.float32
+    )
+    torch.testing.assert_close(gate[:2], folded[:2], atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(up[2:], weight[2:], atol=1e-3, rtol=1e-3)
+
+
 def test_an_imported_split_takes_our_router_and_refit(dense, tmp_path):
     labels = [np.arange(48) % 4, np.arange(48) // 12]
     file = NeuronSplit.from_labels(labels, experts=4).save(tmp_path / "split.safetensors")
@@ -130,6 +166,22 @@ def test_an_imported_split_takes_our_router_and_refit(dense, tmp_path):
     wrong = NeuronSplit.from_labels([np.arange(48) % 6] * 2, experts=6).save(file)
     with pytest.raises(UserError, match="6 experts"):
         run(dense / "model", recipe(dense, split=str(wrong)))
+
+
+def test_text_is_read_from_the_beginnings_of_documents(dense, tmp_path):
+    words = (dense / "text.txt").read_text().split()
+    documents = ["fox " + " ".join(words[i : i + 40]) for i in range(0, len(words), 40)]
+    lines = (json.dumps({"text": document}) + "\n" for document in documents)
+    (tmp_path / "many.jsonl").write_text("".join(lines))
+    sizes = {"tokens": 256, "context": 16, "experts": 4, "seed": 0}
+    rows = calibration_rows(dense / "model", str(tmp_path / "many.jsonl"), **sizes)
+    first = load_tokenizer(dense / "model")("fox")["input_ids"][0]
+    assert rows.shape == (16, 16)
+    assert set(rows[:, 0].tolist()) == {first}
+    # one document cannot give sixteen beginnings: it is read from end to end
+    rows = calibration_rows(dense / "model", str(dense / "text.txt"), **sizes)
+    assert rows.shape == (16, 16)
+    assert set(rows[:, 0].tolist()) != {first}
 
 
 def test_what_is_missing_is_said(dense, caplog):

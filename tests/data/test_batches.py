@@ -33,6 +33,19 @@ def test_calibration_batches_are_full_rows_of_real_text(corpus: Path, tokenizer:
         assert mine == stream[: len(mine)]
 
 
+def test_rows_that_begin_with_a_document(tokenizer: Any) -> None:
+    texts = ("the lazy dog " * 9, "a fox", "the old tree sleeps " * 4, "hello " * 40)
+    read = list(document_rows(Texts(texts), tokenizer, context=10**9))
+    given = {"x": Texts(texts)}
+    rows = torch.cat(
+        list(calibration_batches(given, tokenizer, tokens=999, context=16, starts=True))
+    )
+    # a short document is followed by the next; what is left of a long one is dropped
+    wanted = [read[0][:16], [*read[1], *read[2]][:16], read[3][:16]]
+    assert len(read[1]) < 16
+    assert rows.tolist() == wanted
+
+
 def test_too_little_text(tokenizer: Any) -> None:
     with pytest.raises(UserError, match="less than one row of 512 tokens"):
         list(calibration_batches({"x": Texts(("short",))}, tokenizer, tokens=1024))

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from moesaic.construct.free.fit import captured, choose
 from moesaic.construct.free.view import LayerView, sums_by_expert
@@ -25,7 +26,11 @@ _PART = 8192
 
 @dataclass
 class ConvertedLayer:
-    """The converted feed-forward layer; `down_PD` is as the split made it, `refit_PD` refitted."""
+    """The converted feed-forward layer.
+
+    `down_PD` is as the split made it, `refit_PD` refitted. The neurons that its methods are given
+    are the dense layer's, [T, F], and after `fold` the experts' own, [T, P].
+    """
 
     parts: LayerSplit
     router: dict[str, torch.Tensor]
@@ -59,6 +64,20 @@ class ConvertedLayer:
         made_TE.scatter_(1, torch.cat(ids_TK), torch.cat(weights_TK))
         return torch.cat([made_TE, x_TD.new_ones(len(x_TD), 1)], dim=1)
 
+    @torch.inference_mode()
+    def fold(self, view: LayerView, gate_PD: torch.Tensor, up_PD: torch.Tensor) -> torch.Tensor:
+        """Give the experts gate and up rows of their own, in their order; returns their neurons."""
+        gate_bias_P, up_bias_P = (
+            None if bias_F is None else bias_F[self.order_P]
+            for bias_F in (view.gate_bias_F, view.up_bias_F)
+        )
+        made_TP = view.x_TD.new_empty(len(view.x_TD), len(gate_PD))
+        for x_TD, out_TP in zip(view.x_TD.split(_PART), made_TP.split(_PART), strict=True):
+            gate_TP = view.activation(functional.linear(x_TD, gate_PD, gate_bias_P))
+            torch.mul(gate_TP, functional.linear(x_TD, up_PD, up_bias_P), out=out_TP)
+        self.order_P = torch.arange(len(gate_PD), device=gate_PD.device)
+        return made_TP
+
     def features(self, neurons_TF: torch.Tensor, weights_TE: torch.Tensor) -> torch.Tensor:
         """The neurons times the weight of their expert: [T, P]."""
         h_TP = neurons_TF.index_select(1, self.order_P)
@@ -68,11 +87,9 @@ class ConvertedLayer:
         return h_TP
 
     @torch.inference_mode()
-    def forward(
-        self, neurons_TF: torch.Tensor, weights_TE: torch.Tensor, *, refitted: bool
-    ) -> torch.Tensor:
-        """What the layer gives, [T, D]."""
-        down_PD = self.refit_PD if refitted and self.refit_PD is not None else self.down_PD
+    def forward(self, neurons_TF: torch.Tensor, weights_TE: torch.Tensor) -> torch.Tensor:
+        """What the layer gives, [T, D]; refitted, where it has been."""
+        down_PD = self.down_PD if self.refit_PD is None else self.refit_PD
         parts = [
             self.features(neurons_TF[start : start + _PART], weights_TE[start : start + _PART])
             @ down_PD
@@ -103,21 +120,27 @@ class ConvertedLayer:
             if experts > 1
             else 1,
             "never_chosen": [e for e, v in enumerate(load_E.tolist()) if v == 0],
+            "all_on": self._all_on(view.neurons_TF, own_TD),
         }
-        few = slice(0, min(2048, len(own_TD)))
-        ones = own_TD.new_ones(len(own_TD[few]), weights_TE.shape[1])
-        for name, refitted in (("all_on", False), ("all_on_refit", True)):
-            if refitted and self.refit_PD is None:
-                continue
-            given_TD = self.forward(view.neurons_TF[few], ones, refitted=refitted)
-            largest = float((given_TD - own_TD[few]).abs().max())
-            self.facts[name] = largest
 
+    def judge_refit(self, neurons_TF: torch.Tensor, own_TD: torch.Tensor) -> None:
+        """Record what the refit did to the all-experts-on difference."""
+        self.facts["all_on_refit"] = self._all_on(neurons_TF, own_TD)
+
+    def _all_on(self, neurons_TF: torch.Tensor, own_TD: torch.Tensor) -> float:
+        few = slice(0, min(2048, len(own_TD)))
+        ones_TE = own_TD.new_ones(len(own_TD[few]), len(self.sizes))
+        return float((self.forward(neurons_TF[few], ones_TE) - own_TD[few]).abs().max())
+
+    @torch.inference_mode()
     def error(
-        self, view: LayerView, weights_TE: torch.Tensor, own_TD: torch.Tensor, *, refitted: bool
+        self,
+        neurons_TF: torch.Tensor,
+        weights_TE: torch.Tensor,
+        own_TD: torch.Tensor,
+        held_T: torch.Tensor,
     ) -> float:
         """Share of the dense layer's output squares that is missed, on held-back tokens."""
-        held_T = view.held_T
-        given_TD = self.forward(view.neurons_TF[held_T], weights_TE[held_T], refitted=refitted)
+        given_TD = self.forward(neurons_TF[held_T], weights_TE[held_T])
         wanted_TD = own_TD[held_T]
         return float((given_TD - wanted_TD).square().sum() / wanted_TD.square().sum())

@@ -12,13 +12,14 @@ import torch
 
 from moesaic.core.errors import UserError
 
-__all__ = ["STRENGTHS", "Factors", "Moments", "Solution", "solve"]
+__all__ = ["STRENGTHS", "Factors", "Moments", "Solution", "regress", "solve"]
 
 Factors = dict[tuple[int, float], torch.Tensor]
 """Cholesky factors by the number of tokens and the damping."""
 
 STRENGTHS = (1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 10.0)
 """Ridge strengths tried, in units of the mean diagonal of xᵀx."""
+_PART = 8192
 
 
 @dataclass
@@ -117,6 +118,24 @@ def solve(
         both_PQ = _Ridge(fitted + held, start_PQ, factors).weights(strength * scale)
         w_PQ = w_PQ if both_PQ is None else both_PQ
     return Solution(w_PQ, strength, *share)
+
+
+def regress(
+    x_TP: torch.Tensor,
+    y_TQ: torch.Tensor,
+    held_T: torch.Tensor,
+    *,
+    start_PQ: torch.Tensor,
+    strengths: tuple[float, ...] = STRENGTHS,
+) -> Solution:
+    """`solve` on tokens that are all there; `held_T` marks those that choose the strength."""
+    sizes = (x_TP.shape[1], y_TQ.shape[1])
+    fitted, held = (Moments(*sizes, device=x_TP.device) for _ in range(2))
+    parts = (whole.split(_PART) for whole in (x_TP, y_TQ, held_T))
+    for some_x_TP, some_y_TQ, back_T in zip(*parts, strict=True):
+        fitted.add(some_x_TP[~back_T], some_y_TQ[~back_T])
+        held.add(some_x_TP[back_T], some_y_TQ[back_T])
+    return solve(fitted, held, start_PQ=start_PQ, strengths=strengths)
 
 
 class _Ridge:
