@@ -78,7 +78,7 @@ def name_the_unrefined(facts: Sequence[Mapping[str, Any]]) -> None:
     same = [
         str(f["layer"])
         for f in facts
-        if "refine" in f and f["refine"]["missed_after"] >= f["refine"]["missed_before"]
+        if "refine" in f and f["refine"]["loss_after"] >= f["refine"]["loss_before"]
     ]
     if same:
         note(

@@ -24,6 +24,8 @@ _SPLIT_TOKENS = 65_536
 """Tokens that a split and a router look at."""
 _PRICED_TOKENS = 16_384
 """Tokens on which experts per layer are chosen; an eighth of them goes through changed models."""
+_KEPT = 8 << 30
+"""Bytes of the dense model's streams that refining keeps."""
 _RUNTIME = 2_500_000_000
 """Bytes of host memory of Python, torch and CUDA's libraries."""
 
@@ -68,8 +70,10 @@ class Construction:
     router_sees: Literal["nothing", "weights", "text"]
     refit: bool
     attention_refit: bool
-    refine: tuple[float, int, int] | None
-    """Passes of a layer-wise distillation over the tokens, tokens of a step, layers ahead."""
+    refine: tuple[float, int, int | None, bool] | None
+    """Passes of a layer-wise distillation over the tokens, tokens of a step, layers ahead (None:
+    all), and whether predictions count.
+    """
     active: float
     """Share of the routed neurons that a token uses."""
     tokens: int
@@ -110,15 +114,18 @@ class Construction:
             ridge = _Ridge(D, D, _STRENGTHS)
             yield Stage("attention refit", L * (6 * T * D * D + ridge.trials), L * ridge.double)
         if self.refine is not None:
-            passes, batch, ahead = self.refine
+            passes, batch, ahead, predicts = self.refine
+            frozen = [later if ahead is None else min(ahead, later) for later in range(L)]
+            heads = predicts * sum(found == later for later, found in enumerate(frozen))
             trained = passes * T * 7 / 8
             through = 2 * self.attention + 6 * D * F
             block = 2 * self.attention + 6 * D * F * self.active
-            # forward and twice that backward; in the dense layers ahead once
-            trained_products = trained * (3 * block + 2 * ahead * through)
+            # forward and twice that backward; in the dense layers ahead and the head once
+            trained_products = trained * (L * 3 * block + 2 * sum(frozen) * through)
+            trained_products += trained * heads * 3 * 2 * D * self.vocabulary
             # Adam reads and writes weights, gradients and two moments, and gradients are cleared
             steps = max(1, trained / min(batch, T))
-            yield Stage("refine", L * trained_products, moved=L * steps * 3 * D * F * 4 * 8)
+            yield Stage("refine", trained_products, moved=L * steps * 3 * D * F * 4 * 8)
         written = self.total * self.itemsize
         yield Stage("write", 0, 0, 3 * written, written)
 
@@ -184,8 +191,18 @@ class Construction:
             gram = 3 * F * F * 4 + 3 * F * F * 8 + 3 * F * D * 8
             at["refit"] = {**layer, "moments and a factor": gram}
         if self.refine is not None:
-            refined = 15 * F * D * 4 + 2 * T * D * 4
-            at["refine"] = {**layer, "weights, gradients, moments, targets": refined}
+            _, batch, ahead, predicts = self.refine
+            frozen = self.layers - 1 if ahead is None else min(ahead, self.layers - 1)
+            kept = min((1 + frozen) * T * D * 4, _KEPT)
+            # what a step keeps for the way back: inputs of products and of norms
+            step = min(batch, T) * (1 + frozen) * (10 * D + 4 * F) * 4
+            at["refine"] = {
+                **layer,
+                "weights, gradients, moments": 15 * F * D * 4,
+                "frozen layers and head": (frozen * one + predicts * self.vocabulary * D) * 4,
+                "streams of the dense model": kept,
+                "a step": step,
+            }
         found = {f"{where}{stage}": parts for stage, parts in at.items()}
         if gpu:
             found["host"] = {

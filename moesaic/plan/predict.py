@@ -256,15 +256,15 @@ def _priced(recipe: Recipe) -> int:
     return routed - 1 if recipe.experts_per_layer == "allotted" and chosen < routed else 0
 
 
-def _refined(recipe: Recipe, machine: Machine) -> tuple[float, int, int] | None:
-    """Passes, tokens of a step and layers ahead of the distillation, where there is one."""
+def _refined(recipe: Recipe, machine: Machine) -> tuple[float, int, int | None, bool] | None:
+    """What the cost of the distillation depends on, where there is one."""
     from torch import device
 
     settings = refinement(recipe)
     if settings is None:
         return None
     settings = settings.on(device("cuda" if machine.gpu else "cpu"))
-    return settings.passes, settings.batch, settings.ahead
+    return settings.passes, settings.batch, settings.ahead, settings.kl > 0
 
 
 def _mixture(shape: Any, recipe: Recipe) -> Any:

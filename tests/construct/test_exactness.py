@@ -128,7 +128,7 @@ def test_a_construction_starts_from_the_dense_model(kind: str, tmp_path: Path) -
         errors = layer.facts["output_error"]
         assert 0 < errors["refit"] < errors["split"] < 1
         refined = layer.facts["refine"]
-        assert refined["missed_after"] <= refined["missed_before"]
+        assert refined["loss_after"] <= refined["loss_before"]
     everything: Any = {"num_experts_per_tok": 4}
     if Checkpoint(tmp_path / "split").config["model_type"] == "llama_moe":
         everything = {"num_selects": 4}

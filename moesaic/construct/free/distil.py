@@ -1,9 +1,11 @@
-"""Layer-wise distillation: one converted layer at a time follows the dense model's residual stream.
+"""Layer-wise distillation: one converted layer at a time follows the dense model through its rest.
 
 Attention, norms, experts and router of the layer are trained so that the stream after it, and the
-stream after a few frozen dense layers behind it, are the dense model's as the norm that reads each
-of them shows it. No gradient reaches another converted layer: nothing is trained end to end.
-Notation: B rows, C tokens a row, D hidden size, J places where streams are compared.
+streams after the frozen dense layers behind it, are the dense model's as the norm that reads each
+of them shows it, and that the predictions at the end are the dense model's. No gradient reaches
+another converted layer: nothing is trained end to end.
+Notation: B rows, C tokens a row, T = B*C tokens, D hidden size, J places where streams are
+compared.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import torch
 from pydantic import Field
 
 from moesaic.construct.free.block import RoutedBlock
+from moesaic.construct.free.head import Head
 from moesaic.core.config import Config
 from moesaic.core.errors import UserError
 
@@ -30,8 +33,10 @@ class Distillation(Config):
 
     passes: float = Field(default=12.0, gt=0)
     """Passes over the calibration tokens."""
-    ahead: int = Field(default=1, ge=0)
-    """Frozen dense layers behind the layer, whose outputs are compared as well."""
+    ahead: int | None = Field(default=None, ge=0)
+    """Frozen dense layers behind the layer, whose outputs are compared as well; null: all."""
+    kl: float = Field(default=1.0, ge=0)
+    """Weight of the divergence of the predictions, where `ahead` reaches the last layer."""
     batch: int = Field(default=8192, ge=1)
     """Tokens of a step, in whole rows of text."""
     learning_rate: float = Field(default=5e-4, gt=0)
@@ -52,7 +57,8 @@ _ON_CPU = {"passes": 1.0, "batch": 2048}
 class Target:
     """The dense model's stream at one place, what leads there, and the norm that reads it."""
 
-    stream_BCD: torch.Tensor
+    stream_BCD: torch.Tensor | None
+    """None: made of the place before whenever it is needed; the first place has one."""
     norm: Callable[[torch.Tensor], torch.Tensor]
     lead: Callable[[torch.Tensor], torch.Tensor] | None = None
     """The frozen layer between the place before and this one; None for the first place."""
@@ -63,38 +69,43 @@ def distil(
     rows_BCD: torch.Tensor,
     targets: Sequence[Target],
     *,
+    head: Head | None,
     settings: Distillation,
     seed: int,
     graph: bool = False,
 ) -> dict[str, float]:
-    """Train `block` on the rows; returns the squares missed before and after, on rows held back.
+    """Train `block` on the rows; returns what is missed before and after, on rows held back.
 
-    They are a share of the squares of the normed dense streams, mean of the places. Where the share
-    does not fall, the block stays as it was. `graph` replays one captured step on a GPU. Raises
-    UserError when the loss is not finite.
+    `missed_*` are squares as a share of the squares of the normed dense streams, mean of the
+    places; with a `head`, which belongs to the last place, `kl_*` are the divergence of the
+    predictions in nats a token; `loss_*` are what training lowers, J * missed + settings.kl * kl.
+    Where the loss does not fall, the block stays as it was. `graph` replays one captured step on a
+    GPU. Raises UserError when the loss is not finite.
     """
     held_B = _held_rows(len(rows_BCD)).to(rows_BCD.device)
     held_N, train_N = (torch.nonzero(part).flatten() for part in (held_B, ~held_B))
     if not len(train_N):
         train_N = held_N
-    with torch.no_grad():
-        sizes = [_square(target) for target in targets]
     size = max(1, min(settings.batch // rows_BCD.shape[1], len(train_N)))
+    journey = _Journey(targets, head, size)
 
     def loss(some_B: torch.Tensor) -> torch.Tensor:
-        y_BCD, total = block(rows_BCD.index_select(0, some_B)), rows_BCD.new_zeros(())
-        for target, square in zip(targets, sizes, strict=True):
-            y_BCD = y_BCD if target.lead is None else target.lead(y_BCD)
-            wanted_BCD = target.norm(target.stream_BCD.index_select(0, some_B))
-            total = total + (target.norm(y_BCD) - wanted_BCD).square().mean() / square
-        return total / len(targets)
+        missed, kl = journey(block(rows_BCD.index_select(0, some_B)), some_B)
+        return missed + settings.kl * kl
 
     @torch.no_grad()
-    def missed() -> float:
-        parts = held_N.split(size)
-        return sum(float(loss(part)) * len(part) for part in parts) / len(held_N)
+    def measured() -> dict[str, float]:
+        missed = kl = 0.0
+        for some_B in held_N.split(size):
+            parts = journey(block(rows_BCD.index_select(0, some_B)), some_B)
+            missed, kl = (
+                sum_ + float(part) * len(some_B) / len(held_N)
+                for sum_, part in zip((missed, kl), parts, strict=True)
+            )
+        found = {"missed": missed / len(targets), "loss": missed + settings.kl * kl}
+        return found if head is None else found | {"kl": kl}
 
-    before = missed()
+    before = measured()
     start = {name: weight.detach().clone() for name, weight in block.named_parameters()}
     steps = max(1, math.ceil(settings.passes * len(train_N) / size))
     with _faster_products():
@@ -106,15 +117,63 @@ def distil(
                 mixed_N = torch.randperm(len(train_N), generator=generator).to(train_N.device)
                 order = [part for part in train_N[mixed_N].split(size) if len(part) == size]
             stepper.step(order.pop(), _rate(step, steps))
-    after = missed()
-    if not math.isfinite(after):
+    after = measured()
+    if not math.isfinite(after["loss"]):
         raise UserError(
             f"The layer-wise distillation diverged at learning_rate={settings.learning_rate}. "
             "Lower it."
         )
-    if after >= before:
+    if after["loss"] >= before["loss"]:
         block.load_state_dict(start)
-    return {"missed_before": before, "missed_after": min(before, after)}
+        after = before
+    return {
+        f"{name}_{when}": values[name]
+        for name in before
+        for when, values in (("before", before), ("after", after))
+    }
+
+
+class _Journey:
+    """From place to place through the frozen layers, and what differs at each of them."""
+
+    def __init__(self, targets: Sequence[Target], head: Head | None, rows: int) -> None:
+        self._targets, self._head = targets, head
+        first = targets[0].stream_BCD
+        assert first is not None
+        sums, rows_N = [0.0] * len(targets), torch.arange(len(first), device=first.device)
+        with torch.no_grad():
+            for some_B in rows_N.split(rows):
+                for place, (_, normed_BCD) in enumerate(self._wanted(some_B)):
+                    sums[place] += float(normed_BCD.square().sum())
+        self._squares = [total / first.numel() + 1e-30 for total in sums]
+
+    def __call__(
+        self, y_BCD: torch.Tensor, some_B: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Missed squares, the sum of the places' shares, and the KL, of rows that start as `y`."""
+        missed, kl = y_BCD.new_zeros(()), y_BCD.new_zeros(())
+        places = zip(self._wanted(some_B), self._squares, strict=True)
+        for (target, wanted_BCD), square in places:
+            y_BCD = y_BCD if target.lead is None else target.lead(y_BCD)
+            given_BCD = target.norm(y_BCD)
+            missed = missed + (given_BCD - wanted_BCD).square().mean() / square
+        if self._head is not None:
+            kl = self._head.divergence(given_BCD.flatten(0, 1), wanted_BCD.flatten(0, 1))
+        return missed, kl
+
+    def _wanted(self, some_B: torch.Tensor) -> Iterator[tuple[Target, torch.Tensor]]:
+        """The dense model's normed stream at every place."""
+        dense_BCD: torch.Tensor | None = None
+        for target in self._targets:
+            with torch.no_grad():
+                if target.stream_BCD is not None:
+                    dense_BCD = target.stream_BCD.index_select(0, some_B)
+                else:
+                    assert target.lead is not None
+                    assert dense_BCD is not None
+                    dense_BCD = target.lead(dense_BCD)
+                normed_BCD = target.norm(dense_BCD)
+            yield target, normed_BCD
 
 
 class _Stepper:
@@ -196,12 +255,6 @@ def _held_rows(rows: int) -> torch.Tensor:
     """Every eighth row, or the last of fewer: bool [B]."""
     place_B = torch.arange(rows)
     return place_B % 8 == 7 if rows >= 8 else place_B == rows - 1
-
-
-def _square(target: Target) -> float:
-    """Mean square of the normed dense stream."""
-    parts = [target.norm(part) for part in target.stream_BCD.split(16)]
-    return sum(float(part.square().sum()) for part in parts) / target.stream_BCD.numel() + 1e-30
 
 
 def _rate(step: int, steps: int) -> float:
