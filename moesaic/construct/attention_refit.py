@@ -60,7 +60,7 @@ def attend_both(
         dense = stream.attend(module, dense_BCD)
         return Attended(*dense, *stream.attend(module, moe_BCD), {})
     attention, projection = module.self_attn, module.self_attn.o_proj
-    readers = [name for name in _READERS if hasattr(attention, name)]
+    readers = [name for name in _READERS if getattr(attention, name, None) is not None]
     normed = stream.output_norms(module)
     with (
         _Tap(projection, inputs=False, outputs=normed) as dense_tap,
@@ -102,7 +102,7 @@ def attend_both(
 
 _PART = 8192
 _OUTPUT = "self_attn.o_proj.weight"
-_READERS = ("q_proj", "k_proj", "v_proj", "qkv_proj")
+_READERS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "q_a_proj", "kv_a_proj_with_mqa")
 
 
 def _put(projection: Any, weight: torch.Tensor) -> None:
