@@ -288,17 +288,17 @@ class Master:
     def _spawn(self, index: int) -> Worker:
         context = multiprocessing.get_context("spawn")
         mine, theirs = context.Pipe()
-        gpus = self.options.gpus
         before = os.environ.get("CUDA_VISIBLE_DEVICES")
-        if gpus > 1:
-            os.environ["CUDA_VISIBLE_DEVICES"] = str(index % gpus)
+        gpus = before.split(",") if before else list(map(str, range(self.options.gpus)))
+        if len(gpus) > 1:
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpus[index % len(gpus)]
         bench = {**self.bench, "graphs": self.options.graphs}
         process = context.Process(
             target=work, args=(theirs, bench, self.options.threads), daemon=True
         )
         process.start()
         theirs.close()
-        if gpus > 1:
+        if len(gpus) > 1:
             os.environ.pop("CUDA_VISIBLE_DEVICES")
             if before is not None:
                 os.environ["CUDA_VISIBLE_DEVICES"] = before

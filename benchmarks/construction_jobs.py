@@ -76,8 +76,8 @@ class Bench:
     def prepare(self, seeds: list[int], tokens: int) -> None:
         """Divide the training text, tokenise it and pack the blocks of every seed's longest run.
 
-        The last `dev_documents` of each domain's training text choose the learning rate; the first
-        ones calibrate, as `moesaic construct` would take them from the whole.
+        The last `dev_documents` of each domain's training text choose the learning rate; the others
+        calibrate and train.
         """
         from moesaic.data import open_domains
         from moesaic.data.batches import document_rows
@@ -117,22 +117,15 @@ class Bench:
             np.save(path, np.stack(drawn))
 
     def _divide(self) -> None:
-        """Write text/fit, text/dev and text/calibration; the last holds as much as is ever read."""
+        """Write text/fit and text/dev."""
         if (self.work / "text").is_dir():
             return
         partial = self.work / "text.partial"
         shutil.rmtree(partial, ignore_errors=True)
-        # Rows are drawn among four times the calibration tokens; some 3 bytes a token.
-        needed = max(200_000, 6 * 4 * self.settings.calibration // len(DOMAINS))
         for domain in DOMAINS:
             lines = (self.corpus / domain / "train.jsonl").read_text().splitlines(keepends=True)
             kept = lines[: -self.settings.dev_documents]
-            size = np.cumsum([len(line) for line in kept])
-            parts = {
-                "fit": kept,
-                "dev": lines[-self.settings.dev_documents :],
-                "calibration": kept[: int(np.searchsorted(size, needed)) + 1],
-            }
+            parts = {"fit": kept, "dev": lines[-self.settings.dev_documents :]}
             for name, part in parts.items():
                 (partial / name).mkdir(parents=True, exist_ok=True)
                 (partial / name / f"{domain}.jsonl").write_text("".join(part))
@@ -140,9 +133,6 @@ class Bench:
 
     def _fit(self) -> dict[str, str]:
         return {d: str(self.work / "text/fit" / f"{d}.jsonl") for d in DOMAINS}
-
-    def _calibration(self) -> dict[str, str]:
-        return {d: str(self.work / "text/calibration" / f"{d}.jsonl") for d in DOMAINS}
 
     def _valid(self) -> dict[str, str]:
         return {d: str(self.corpus / d / "valid.jsonl") for d in DOMAINS}
@@ -172,7 +162,7 @@ class Bench:
             experts=job["experts"],
             top_k=job["top_k"],
             seed=job["seed"],
-            data=self._calibration(),
+            data=self._fit(),
             context=self.settings.block,
             device=str(self.device),
             **{"tokens": self.settings.calibration, **job["recipe"], **self._ready(job)},
@@ -223,7 +213,7 @@ class Bench:
                     method=split,
                     experts=job["experts"],
                     shared=shared,
-                    data=self._calibration(),
+                    data=self._fit(),
                     seed=job["seed"],
                 )
         gates = out / "router.safetensors"

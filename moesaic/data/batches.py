@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from moesaic.core.errors import UserError
@@ -22,14 +22,9 @@ def document_rows(
     Delimiters as in packing: those the tokenizer has; one, in front, where both are the same token.
     Documents without a token are left out.
     """
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    front = [] if bos is None else [bos]
-    back = [] if eos is None or eos == bos else [eos]
     texts = itertools.islice(source.documents(), max_documents)
-    for batch in encode_batches(texts, tokenizer):
-        for ids in batch:
-            if ids:
-                yield [*front, *ids[:context], *back][:context]
+    for ids in _delimited(texts, tokenizer):
+        yield ids[:context]
 
 
 def calibration_batches(
@@ -68,9 +63,23 @@ def calibration_batches(
 
 
 def _rows(source: Source, tokenizer: Any, context: int, *, starts: bool) -> Iterator[list[int]]:
+    texts = source.documents()
+    if starts:  # no row reaches further into a document than some characters a token
+        texts = (text[: 32 * context] for text in texts)
     buffer: list[int] = []
-    for row in document_rows(source, tokenizer, context=1 << 62):
+    for row in _delimited(texts, tokenizer):
         buffer += row
         while len(buffer) >= context:
             yield buffer[:context]
             buffer = [] if starts else buffer[context:]
+
+
+def _delimited(texts: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
+    """Yield ``BOS ids EOS`` of every text that has a token."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    front = [] if bos is None else [bos]
+    back = [] if eos is None or eos == bos else [eos]
+    for batch in encode_batches(texts, tokenizer):
+        for ids in batch:
+            if ids:
+                yield [*front, *ids, *back]

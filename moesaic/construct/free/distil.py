@@ -31,7 +31,7 @@ class Distillation(Config):
     are not given.
     """
 
-    passes: float = Field(default=12.0, gt=0)
+    passes: float = Field(default=6.0, gt=0)
     """Passes over the calibration tokens."""
     ahead: int | None = Field(default=None, ge=0)
     """Frozen dense layers behind the layer, whose outputs are compared as well; null: all."""
