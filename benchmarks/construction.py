@@ -57,15 +57,26 @@ METHODS: dict[str, dict[str, Any]] = {
     "energy, down refit, own target": {
         "refit": {"method": "down", "blend": 0.0},
         "attention": None,
+        "maps": False,
     },
-    "energy, down refit": {"refit": {"method": "down", "blend": 0.5}, "attention": None},
+    "energy, down refit": {
+        "refit": {"method": "down", "blend": 0.5},
+        "attention": None,
+        "maps": False,
+    },
+    "energy, no maps": {**OURS, "maps": False},
     "energy, no loop": {"split": {"method": "energy", "rounds": 0}, **OURS},
     "energy": OURS,
     "energy, allotted": {"experts_per_layer": "allotted", **OURS},
     "layerwise": {"refine": "layerwise", **OURS},
     "layerwise, allotted": {"refine": "layerwise", "experts_per_layer": "allotted", **OURS},
 }
-ABLATIONS = ["energy, down refit, own target", "energy, down refit", "energy, no loop"]
+ABLATIONS = [
+    "energy, down refit, own target",
+    "energy, down refit",
+    "energy, no maps",
+    "energy, no loop",
+]
 """Converted and measured, but neither trained on nor among the best."""
 PUBLISHED = ["v1 random", "v1 cluster", "v2 GSP", "v2 residual", "cmoe", "expertweaver"]
 GRID = (3e-4, 1e-3, 3e-3)
