@@ -21,9 +21,10 @@ def combine(
 ) -> torch.Tensor:
     """Fill out_TD with the sum over k of (weight *) y[inverse]; rows of nobody count as zero.
 
-    All tensors are contiguous.
+    out_TD may be some columns of a contiguous tensor; the others are contiguous.
     """
-    assert all(t is None or t.is_contiguous() for t in (y_ND, out_TD, weights_TK))
+    assert all(t is None or t.is_contiguous() for t in (y_ND, weights_TK))
+    assert out_TD.stride(1) == 1
     tokens, hidden = out_TD.shape
     if tokens == 0:
         return out_TD
@@ -31,8 +32,8 @@ def combine(
     block = min(triton.next_power_of_2(hidden), 1024)
     _start_combine(
         (tokens, triton.cdiv(hidden, block)),
-        y_ND, inverse_N, weights_TK, out_TD, hidden, top_k, block, weights_TK is not None,
-        num_warps=max(1, block // 256),
+        y_ND, inverse_N, weights_TK, out_TD, hidden, out_TD.stride(0), top_k, block,
+        weights_TK is not None, num_warps=max(1, block // 256),
     )  # fmt: skip
     return out_TD
 
@@ -81,7 +82,7 @@ def _take(x_ptr, token_ptr, out_ptr, tokens, hidden, BLOCK: tl.constexpr):
 
 @triton.jit
 def _combine(
-    y_ptr, inverse_ptr, weights_ptr, out_ptr, hidden,
+    y_ptr, inverse_ptr, weights_ptr, out_ptr, hidden, out_stride,
     TOP_K: tl.constexpr, BLOCK: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -97,7 +98,7 @@ def _combine(
         if WEIGHTED:
             value *= tl.load(weights_ptr + token * TOP_K + k).to(tl.float32)
         total += value
-    tl.store(out_ptr + token * hidden + column, total.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + token * out_stride + column, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -31,12 +31,12 @@ def _as_parts(memory, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def _fetch(h_desc, h_smem, fetched, slot, N, row, column, pred):
+def _fetch(h_desc, h_smem, fetched, slot, apart, row, column, pred):
     """Start to copy [32, 64] places of gate and of up."""
     bar = fetched.index(slot)
     mbarrier.expect(bar, 2 * PART * CHUNK * 2, pred=pred)
     tma_load(h_desc, [row, column], bar, h_smem.index(2 * slot), pred=pred)
-    tma_load(h_desc, [row, N + column], bar, h_smem.index(2 * slot + 1), pred=pred)
+    tma_load(h_desc, [row, apart + column], bar, h_smem.index(2 * slot + 1), pred=pred)
 
 
 @gluon.jit
@@ -65,10 +65,12 @@ def _write(
 @gluon.jit
 def finish(
     buffers, ready, free, h_smem, fetched, tile_expert_ptr, tile_row_ptr, tile_left_ptr, count_ptr,
-    h_desc, out_ptr, out2_ptr, out3_ptr, weight_ptr, partial_ptr, N, stride, stride3, group_m,
-    BN: gl.constexpr, ACTIVATION: gl.constexpr,
+    h_desc, out_ptr, out2_ptr, out3_ptr, weight_ptr, partial_ptr, N, apart, stride, stride3,
+    group_m, BN: gl.constexpr, ACTIVATION: gl.constexpr,
 ):  # fmt: skip
     """Walk over the tiles as the consumers do; `ready` and `free` hand their buffers over.
+
+    h's up columns lie `apart` from its gate columns.
 
     The loops are not unrolled: their body alone fills the instruction cache.
     """
@@ -87,7 +89,7 @@ def finish(
     first, left, column_tile, _ = look(
         0, tiles, tiles_m, tiles_n, group_m, tile_expert_ptr, tile_row_ptr, tile_left_ptr
     )
-    _fetch(h_desc, h_smem, fetched, 0, N, first, column_tile * BN, begin < tiles)
+    _fetch(h_desc, h_smem, fetched, 0, apart, first, column_tile * BN, begin < tiles)
     turn = 0
     seconds = 0  # tiles with rows for the second consumer
     it = 0
@@ -117,7 +119,7 @@ def finish(
                 slot = it & 1
                 sync()  # all have read what the next copy overwrites
                 _fetch(
-                    h_desc, h_smem, fetched, 1 - slot, N, then_row, then_column,
+                    h_desc, h_smem, fetched, 1 - slot, apart, then_row, then_column,
                     more | (j < count - 1) | (p < parts - 1),
                 )  # fmt: skip
                 mbarrier.wait(fetched.index(slot), (it >> 1) & 1)

@@ -265,8 +265,9 @@ def rows_kernel(
     EPILOGUE "plain": out[s] = a[s] @ B. "swiglu": B's tile is a pair of gate and up rows; out, out2
     take the halves of h (if KEEP_H), out3 takes a = act(gate) * up. "dact": the product is da; with
     h read back, out, out2 take the halves of dh, out3 takes weight * a and partial the sums <da, a>
-    of each tile. N counts the columns of `out`; `second` is the distance of the up rows from the
-    gate rows; `b_rows` the rows of B an expert has.
+    of each tile. N counts the columns of `out`; `second` is the distance of B's up rows from the
+    gate rows, or ("dact") of h's up columns from the gate columns; `b_rows` the rows of B from one
+    expert to the next.
     """
     PAIR: gl.constexpr = EPILOGUE == "swiglu"
     dtype: gl.constexpr = a_ptr.dtype.element_ty
@@ -322,7 +323,7 @@ def rows_kernel(
                 (finish, (
                     buffers0, ready, free, h_smem, fetched, tile_expert_ptr, tile_row_ptr,
                     tile_left_ptr, count_ptr, h_desc, out_ptr, out2_ptr, out3_ptr, weight_ptr,
-                    partial_ptr, N, out_stride, out3_stride, group_m, BN, ACTIVATION,
+                    partial_ptr, N, second, out_stride, out3_stride, group_m, BN, ACTIVATION,
                 )),
             ],
             [4, PRODUCER_WARPS, 2],

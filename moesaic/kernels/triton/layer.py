@@ -17,8 +17,7 @@ gradient take `decode`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,11 +25,13 @@ import torch
 from moesaic.kernels import options
 from moesaic.kernels.operator import Notes, Operator
 from moesaic.kernels.reference import Activation
-from moesaic.kernels.triton import decode, portable
+from moesaic.kernels.triton import decode
+from moesaic.kernels.triton.budget import ranges
 from moesaic.kernels.triton.combine import combine, weight_gradient
 from moesaic.kernels.triton.metadata import TILE_ROWS, Routing, count_ints, route
+from moesaic.kernels.triton.multiply import Products, hopper
+from moesaic.kernels.triton.parts import split
 
-_HOPPER = 9  # compute capability with the instructions of `products`
 _FEW_TOKENS = 64
 _WIDE_FROM = 64  # rows an expert, from which portable tiles are wide
 
@@ -63,75 +64,9 @@ def tile_rows(device: torch.device, rows: int, experts: int) -> int:
     chosen = options.current().block_m
     if chosen is not None:
         return chosen
-    if _hopper(device):
+    if hopper(device):
         return TILE_ROWS
     return 128 if rows >= _WIDE_FROM * experts else 16
-
-
-@cache
-def _hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == _HOPPER
-
-
-class _Products:
-    """The six products of one call, on the kernels that suit the device and the tile."""
-
-    def __init__(self, routing: Routing, like: torch.Tensor, width: int, activation: Activation):
-        self.routing, self.activation = routing, activation
-        self._hopper = _hopper(like.device) and routing.tile_rows == TILE_ROWS
-        self._about: dict[str, Any] = {
-            "shape": (like.shape[1], width, routing.ends_E.shape[0]),
-            "rows": routing.weight_N.shape[0],
-            "dtype": like.dtype,
-            "device": like.device,
-        }
-
-    def up(self, x: torch.Tensor, weight: torch.Tensor, *, keep_h: bool) -> Any:
-        how: dict[str, Any] = {"keep_h": keep_h, "activation": self.activation}
-        return self._run("up", "up", x, weight, **how)
-
-    def down(self, a: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return self._run("down", "rows", a, weight, transposed=True)
-
-    def activation_gradient(
-        self, grad: torch.Tensor, down: torch.Tensor, h: torch.Tensor, *, clear: bool, spend: bool
-    ) -> Any:
-        """`spend`: dh may take the place of h."""
-        name = "activation_gradient"
-        how: dict[str, Any] = {"activation": self.activation}
-        if self._hopper:
-            how |= {"clear": clear, "finally_": {"in_place": spend and not clear}}
-        return self._run(name, name, grad, down, h, **how)
-
-    def x_gradient(self, dh: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return self._run("x_gradient", "rows", dh, weight, transposed=False)
-
-    def up_gradient(self, x: torch.Tensor, dh: torch.Tensor) -> torch.Tensor:
-        return self._run("up_gradient", "outer", x, dh, transposed=True)
-
-    def down_gradient(self, grad: torch.Tensor, wa: torch.Tensor) -> torch.Tensor:
-        return self._run("down_gradient", "outer", grad, wa, transposed=False)
-
-    def _run(
-        self,
-        product: str,
-        function: str,
-        *tensors: torch.Tensor,
-        finally_: Mapping[str, Any] | None = None,
-        **how: Any,
-    ) -> Any:
-        """`finally_`: arguments of the call whose result counts, not of those that are timed."""
-        if not self._hopper:
-            return getattr(portable, function)(*tensors, self.routing, **how)
-        from moesaic.kernels.triton import products, tune  # Gluon: not on every Triton
-
-        run: Callable[..., Any] = getattr(products, function)
-        launch = tune.fastest(
-            product,
-            lambda launch: run(*tensors, self.routing, launch, **how),
-            **self._about,
-        )
-        return run(*tensors, self.routing, launch, **how, **(finally_ or {}))
 
 
 def _forward(
@@ -166,11 +101,24 @@ def _forward_here(
         return out_TD, x_TD.new_empty(0), ids_TK.new_empty(0, dtype=torch.int32), _no_weights(x_TD)
     rows = tile_rows(x_TD.device, ids_TK.numel(), experts)
     routing = route(ids_TK, weights_TK, experts=experts, tile_rows=rows)
-    multiply = _Products(routing, x_TD, width, activation)
-    a_NI, h_NJ = multiply.up(x_TD, gate_up_EJD, keep_h=keep)
-    y_ND = multiply.down(a_NI, down_EDI)
-    del a_NI
-    out_TD = combine(y_ND, routing.inverse_N, torch.empty_like(x_TD), weights_TK=weights_TK)
+    multiply = Products(routing, x_TD, down_EDI, activation)
+    inverse_N, cuts = routing.inverse_N, multiply.cuts
+    h_NJ = x_TD.new_empty(ids_TK.numel(), 2 * width) if keep else None
+    if h_NJ is not None and cuts.parts > 1:
+        y_ND = x_TD.new_empty(ids_TK.numel(), x_TD.shape[1])
+        for part, rows in split(routing, cuts.parts):
+            a_NI = multiply.up(x_TD, gate_up_EJD, h=h_NJ[rows], routing=part)
+            multiply.down(a_NI, down_EDI, out=y_ND[rows], routing=part)
+            del a_NI
+        out_TD = combine(y_ND, inverse_N, torch.empty_like(x_TD), weights_TK=weights_TK)
+    else:
+        a_NI = multiply.up(x_TD, gate_up_EJD, h=h_NJ)
+        if keep and cuts.y < x_TD.shape[1]:
+            out_TD = multiply.down_summed(a_NI, down_EDI, torch.empty_like(x_TD), weights_TK)
+        else:  # a is gone when the output comes
+            y_ND = multiply.down(a_NI, down_EDI)
+            del a_NI
+            out_TD = combine(y_ND, inverse_N, torch.empty_like(x_TD), weights_TK=weights_TK)
     return out_TD, x_TD.new_empty(0) if h_NJ is None else h_NJ, routing.ints, routing.weight_N
 
 
@@ -215,27 +163,37 @@ def _backward_here(
     experts, width = gate_up_EJD.shape[0], down_EDI.shape[2]
     rows = _tile_rows_of(ints, weight_N.shape[0], experts, x_TD.device)
     routing = Routing.of(ints, weight_N, experts=experts, tile_rows=rows)
-    multiply = _Products(routing, x_TD, width, activation)
+    multiply = Products(routing, x_TD, down_EDI, activation)
     grad_TD = grad_TD.contiguous()
     d_x = d_gate_up = d_down = d_weights = None
-    if notes is not None and notes.setdefault("passes", 0) > 0:  # dh lies where h was
-        h_NJ = multiply.up(x_TD, gate_up_EJD, keep_h=True)[1]
-    dh_NJ, wa_NI, partial = multiply.activation_gradient(
-        grad_TD, down_EDI, h_NJ, clear=sentinels, spend=notes is not None
-    )
-    if notes is not None:
-        notes["passes"] += 1
+    # dh takes the place of h, but for sentinels: rows of nobody must be zeros in dh.
+    spend = multiply.hopper and notes is not None and not sentinels
+    if spend and "spent" in notes:
+        h_NJ = torch.empty_like(h_NJ)
+        multiply.up(x_TD, gate_up_EJD, h=h_NJ)
+    dh_NJ = h_NJ if spend else None
+    pieces, partials = ranges(width, multiply.cuts.wa), []
+    if needs_down and len(pieces) > 1:
+        d_down = down_EDI.new_empty(down_EDI.shape)
+    for columns in pieces:
+        dh_NJ, wa_NI, partial = multiply.activation_gradient(
+            grad_TD, down_EDI, h_NJ, clear=sentinels, columns=columns, dh=dh_NJ
+        )
+        partials.append(partial)
+        if needs_down:
+            piece = None if d_down is None else d_down[:, :, slice(*columns)]
+            found = multiply.down_gradient(grad_TD, wa_NI, out=piece)
+            d_down = found if d_down is None else d_down
+        del wa_NI
+    if spend:
+        notes["spent"] = True
     del h_NJ
     if needs_weights:
+        partial = partials[0] if len(partials) == 1 else torch.cat(partials, 1)
         d_weights = weight_gradient(partial, routing.inverse_N, torch.empty_like(weights_TK))
-    del partial
-    if needs_down:
-        d_down = multiply.down_gradient(grad_TD, wa_NI)
-    del wa_NI
+    del partials, partial
     if needs_x:
-        dx_ND = multiply.x_gradient(dh_NJ, gate_up_EJD)
-        d_x = combine(dx_ND, routing.inverse_N, torch.empty_like(x_TD))
-        del dx_ND
+        d_x = multiply.x_gradient_summed(dh_NJ, gate_up_EJD, torch.empty_like(x_TD))
     if needs_gate_up:
         d_gate_up = multiply.up_gradient(x_TD, dh_NJ)
     return [d_x, d_gate_up, d_down, d_weights]

@@ -95,12 +95,17 @@ def up(
     *,
     keep_h: bool = True,
     activation: Activation = "silu",
+    h_NJ: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return a = act(gate) * up of the gathered rows [N, I], and h = [gate, up] [N, J] if kept."""
+    """Return a = act(gate) * up of the gathered rows [N, I], and h = [gate, up] [N, J] if kept.
+
+    In `h_NJ`, if given.
+    """
     x_TD = x_TD.contiguous()
     rows, depth, width = routing.token_N.shape[0], x_TD.shape[1], gate_up_EJD.shape[1] // 2
     a_NI = x_TD.new_empty(rows, width)
-    h_NJ = x_TD.new_empty(rows, 2 * width) if keep_h else None
+    if h_NJ is None and keep_h:
+        h_NJ = x_TD.new_empty(rows, 2 * width)
     tile = _tile(routing.tile_rows, 2 * width, depth, x_TD, gate_up_EJD)
     _launch(
         _start_up, routing.most_tiles if rows else 0, 2 * width, tile,
@@ -112,14 +117,23 @@ def up(
 
 
 def rows(
-    a_NK: torch.Tensor, weight: torch.Tensor, routing: Routing, *, transposed: bool
+    a_NK: torch.Tensor,
+    weight: torch.Tensor,
+    routing: Routing,
+    *,
+    transposed: bool,
+    out_NM: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return a @ weight[e] (weight [E, K, M]), or a @ weight[e].T if `transposed` ([E, M, K])."""
+    """Return a @ weight[e] (weight [E, K, M]), or a @ weight[e].T if `transposed` ([E, M, K]).
+
+    In `out_NM` (contiguous), if given.
+    """
     a_NK = a_NK.contiguous()
     weight_EKM = weight.transpose(1, 2) if transposed else weight
     count, depth = a_NK.shape
     columns = weight_EKM.shape[2]
-    out_NM = a_NK.new_empty(count, columns)
+    if out_NM is None:
+        out_NM = a_NK.new_empty(count, columns)
     tile = _tile(routing.tile_rows, columns, depth, a_NK, weight)
     _launch(
         _start_rows, routing.most_tiles if count else 0, columns, tile,

@@ -85,6 +85,17 @@ def _cut(n: int, by: int) -> int:
     return -(-n // by)
 
 
+def _flat(matrices: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """See one matrix an expert as one matrix; return how many rows on the next expert's begin.
+
+    Of contiguous matrices, or of some rows or columns of each.
+    """
+    experts, rows, columns = matrices.shape
+    step = matrices.stride(0) // matrices.stride(1)
+    shape = ((experts - 1) * step + rows, columns)
+    return matrices.as_strided(shape, matrices.stride()[1:]), step
+
+
 def _rows(
     a: torch.Tensor,
     b: torch.Tensor,
@@ -107,7 +118,7 @@ def _rows(
 ) -> None:
     """Multiply a [rows, K] by b (one matrix an expert); the rest has the kernel's names."""
     width = launch.width // 2 if epilogue == "swiglu" else launch.width
-    flat = b.view(-1, b.shape[-1])
+    flat, b_rows = _flat(b)
     dact = epilogue == "dact"  # whose results do not leave by tensor memory
     outputs: list[Any] = []
     for tensor in (out, out2, out3):
@@ -128,7 +139,7 @@ def _rows(
         routing.tiles,
         columns,
         a.shape[1],
-        b.shape[1],
+        b_rows,
         second,
         out.stride(0),
         0 if out3 is None else out3.stride(0),
@@ -160,11 +171,13 @@ def up(
     *,
     keep_h: bool = True,
     activation: Activation = "silu",
+    h_NJ: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return a = act(gate) * up of the gathered rows, and h = [gate, up] if kept."""
+    """Return a = act(gate) * up of the gathered rows, and h = [gate, up] if kept; in `h_NJ`."""
     rows, width = routing.token_N.shape[0], gate_up_EJD.shape[1] // 2
     a_NI = x_TD.new_empty(rows, width)
-    h_NJ = x_TD.new_empty(rows, 2 * width) if keep_h else None
+    if h_NJ is None and keep_h:
+        h_NJ = x_TD.new_empty(rows, 2 * width)
     halves = (a_NI, a_NI) if h_NJ is None else (h_NJ[:, :width], h_NJ[:, width:])
     source, gather = _source(x_TD, routing, launch)
     _rows(
@@ -182,15 +195,20 @@ def rows(
     launch: Launch,
     *,
     transposed: bool,
+    out_NM: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return a @ weight[e] (weight [E, K, M]), or a @ weight[e].T if `transposed` ([E, M, K])."""
+    """Return a @ weight[e] (weight [E, K, M]), or a @ weight[e].T if `transposed` ([E, M, K]).
+
+    The weight may be some of each expert's M. In `out_NM`, if given.
+    """
     columns = weight.shape[1] if transposed else weight.shape[2]
-    out = a_NK.new_empty(a_NK.shape[0], columns)
+    if out_NM is None:
+        out_NM = a_NK.new_empty(a_NK.shape[0], columns)
     _rows(
         a_NK, weight, routing, launch,
-        epilogue="plain", gather=False, k_major=transposed, columns=columns, out=out,
+        epilogue="plain", gather=False, k_major=transposed, columns=columns, out=out_NM,
     )  # fmt: skip
-    return out
+    return out_NM
 
 
 def activation_gradient(
@@ -202,28 +220,34 @@ def activation_gradient(
     *,
     activation: Activation = "silu",
     clear: bool = False,
-    in_place: bool = False,
+    columns: tuple[int, int] | None = None,
+    dh_NJ: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return dh, weight * a, and partial sums [N, tiles] of the routing weights' gradient.
 
-    `in_place`: dh is written over h, chunk by chunk after it was read.
+    `columns`: only those from the first to before the second, of I; dh has its place for all.
 
-    `clear`: rows of nobody are zeros; `outer` reads up to 63 rows past an expert's end and
-    multiplies them by zero, which unwritten memory need not survive.
+    `dh_NJ`: where dh is written; may be h, of which each chunk is read before.
+
+    `clear`: rows of nobody are zeros in what is made here; `outer` reads up to 63 rows past an
+    expert's end and multiplies them by zero, which unwritten memory need not survive.
     """
     width = down_EDI.shape[2]
+    start, end = (0, width) if columns is None else columns
     new = h_NJ.new_zeros if clear else h_NJ.new_empty
-    dh_NJ = h_NJ if in_place else new(h_NJ.shape)
-    wa_NI = new(h_NJ.shape[0], width)
+    if dh_NJ is None:
+        dh_NJ = new(h_NJ.shape)
+    wa_NI = new(h_NJ.shape[0], end - start)
     partial = torch.empty(
-        h_NJ.shape[0], _cut(width, launch.width), dtype=torch.float32, device=h_NJ.device
+        h_NJ.shape[0], _cut(end - start, launch.width), dtype=torch.float32, device=h_NJ.device
     )
     source, gather = _source(grad_TD, routing, launch)
     _rows(
-        source, down_EDI, routing, launch,
-        epilogue="dact", gather=gather, k_major=False, columns=width, activation=activation,
-        out=dh_NJ[:, :width], out2=dh_NJ[:, width:], out3=wa_NI,
-        h=h_NJ, weight=routing.weight_N, partial=partial,
+        source, down_EDI[:, :, start:end], routing, launch,
+        epilogue="dact", gather=gather, k_major=False, columns=end - start, second=width,
+        activation=activation,
+        out=dh_NJ[:, start:end], out2=dh_NJ[:, width + start : width + end], out3=wa_NI,
+        h=h_NJ[:, start:], weight=routing.weight_N, partial=partial,
     )  # fmt: skip
     return dh_NJ, wa_NI, partial
 
@@ -235,13 +259,16 @@ def outer(
     launch: Launch,
     *,
     transposed: bool = False,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return [E, M, C], the sum over an expert's rows s of a[token of s] (x) b[s].
 
-    `transposed`: [E, C, M] instead.
+    `transposed`: [E, C, M] instead. In `out`, if given: if M is a multiple of 64, these may be some
+    columns of contiguous matrices.
     """
     experts, m, n = routing.ends_E.shape[0], a_TM.shape[1], b_NC.shape[1]
-    out = a_TM.new_empty((experts, n, m) if transposed else (experts, m, n))
+    if out is None:
+        out = a_TM.new_empty((experts, n, m) if transposed else (experts, m, n))
     tiles = experts * _cut(m, TILE_ROWS) * _cut(n, launch.width)
     _start_outer(
         (_programs(a_TM.device, tiles, launch),),
@@ -249,7 +276,7 @@ def outer(
         routing.token_N,
         _descriptor(b_NC, BK, launch.width),
         routing.ends_E,
-        _descriptor(out.view(-1, out.shape[2]), 64, 64),
+        _descriptor(_flat(out)[0], 64, 64),
         out,
         experts,
         m,
