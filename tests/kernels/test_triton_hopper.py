@@ -112,7 +112,8 @@ def test_weight_gradients_compile_for_hopper(transposed, sixteen, tmp_path):
     given = {
         "b_desc": _descriptor(64, 256),
         "out_desc": _descriptor(64, 64), "a_ptr": BF16, "out_ptr": BF16, "token_ptr": I32,
-        "ends_ptr": I32, **dict.fromkeys(("experts", "M", "N", "group_m"), "i32"),
+        **dict.fromkeys(("by_size_ptr", "tickets_ptr"), I32),
+        **dict.fromkeys(("experts", "M", "N", "group_m"), "i32"),
     }  # fmt: skip
     constants = {
         "EVEN_M": sixteen, "TRANSPOSED": transposed, "BM": 128, "BN": 256, "BK": 64, "STAGES": 3,
@@ -146,6 +147,8 @@ def _problem(tokens, hidden, width, experts, top_k, *, seed=0, sentinels=False, 
         return torch.randn(*shape, device="cuda", generator=generator)
 
     score = torch.rand(tokens, experts, device="cuda", generator=generator)
+    if routing == "zipf":
+        score = score.clamp_min(1e-9).log() * torch.arange(1, experts + 1, device="cuda")
     if routing == "one":  # all tokens choose the first experts, the last ones get none
         score = torch.arange(experts, 0, -1, device="cuda").float().expand(tokens, experts)
     ids = score.topk(top_k, dim=1).indices
@@ -226,7 +229,7 @@ def test_values_and_gradients_are_as_exact_as_grouped_mm(activation):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("routing", ["uniform", "one"])
+@pytest.mark.parametrize("routing", ["uniform", "zipf", "one"])
 def test_two_runs_give_the_same_bits(routing):
     tensors, ids, grad = _problem(3000, 512, 704, 8, 2, routing=routing)
     first, second = (_both(_fused(ids), tensors, grad) for _ in range(2))

@@ -55,6 +55,11 @@ def test_rows_lie_as_a_stable_sort_lays_them(case, device):
     assert torch.equal(routing.token_N.cpu()[: len(order)], (order // top_k).int())
     assert torch.equal(routing.weight_N.cpu()[: len(order)], weights_TK.flatten()[order])
     assert torch.equal(routing.ends_E.cpu(), count.cumsum(0).int())
+    by_size = torch.argsort(count, descending=True, stable=True)
+    ends = count.cumsum(0)[by_size]
+    expected_sizes = torch.stack([ends - count[by_size], ends, by_size]).int()
+    assert torch.equal(routing.by_size.cpu().view(3, experts), expected_sizes)
+    assert not routing.tickets.any()
 
     expected = [
         (expert, int(end - size) + start, int(size) - start)
@@ -110,8 +115,8 @@ KERNELS = {
         {"ids_ptr": "i64", "weights_ptr": "fp32", "weight_ptr": "fp32"}
         | dict.fromkeys(["before_ptr", "totals_ptr", "token_ptr", "inverse_ptr"], "i32")
         | dict.fromkeys(["ends_ptr", "tile_expert_ptr", "tile_row_ptr"], "i32")
-        | dict.fromkeys(["tile_left_ptr", "tiles_ptr"], "i32"),
-        SIZES | {"TOP_K": 8, "CHUNK": 32, "TILE": 128},
+        | dict.fromkeys(["tile_left_ptr", "tiles_ptr", "by_size_ptr", "tickets_ptr"], "i32"),
+        SIZES | {"TOP_K": 8, "TILE": 128},
     ),
     "_combine": (
         {"y_ptr": "bf16", "inverse_ptr": "i32", "weights_ptr": "fp32", "out_ptr": "bf16"},

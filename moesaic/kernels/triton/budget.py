@@ -141,7 +141,7 @@ class Layer:
             "y": rows * self.hidden * size,
             "d_gate_up": self.experts * 2 * self.width * self.hidden * size,
             "d_down": self.experts * self.width * self.hidden * size,
-            "routing": 4 * (3 * rows + 3 * tiles + 2 * self.experts + 1),
+            "routing": 4 * (3 * rows + 3 * tiles + 5 * self.experts + 5),
             "d_weights": rows * size,
         }
         return tuple(sizes[name] for name in names)
