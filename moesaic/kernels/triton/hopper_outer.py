@@ -5,8 +5,8 @@ gathered inside the kernel, 128 columns a tile; see `hopper_rows` for the partit
 An expert without rows gets zeros.
 
 A tile takes as long as its expert has rows. Programs therefore draw tiles from a counter when they
-need one, those of the largest expert first, and the producer tells the consumers which. Who computes
-a tile depends on timing, its bits do not: one program sums all of its rows in their order.
+need one, those of the largest expert first, and the producer tells the consumers which. Who
+computes a tile depends on timing, its bits do not: one program sums its rows in their order.
 """
 
 from __future__ import annotations
