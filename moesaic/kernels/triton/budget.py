@@ -22,6 +22,7 @@ _TILE = 256  # columns: a piece is a whole number of tiles wide
 _NARROWEST = 512  # columns of a piece
 _MOST_PARTS = 4
 _TILE_ROWS = 128
+_ALIGNED = 8  # rows: pointers stay aligned, and kernels are not compiled anew
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,9 @@ def spans(rows: int, experts: int, parts: int, *, tile_rows: int = _TILE_ROWS) -
     found = []
     for tile in range(0, most, tiles):
         first = tile * tile_rows - (tile_rows - 1) * min(experts, tile)
+        first = max(0, min(first, rows - 1)) // _ALIGNED * _ALIGNED
         end = min(rows, (tile + tiles) * tile_rows)
-        found.append(Span(tile, min(tiles, most - tile), max(0, min(first, rows - 1)), end))
+        found.append(Span(tile, min(tiles, most - tile), first, end))
     return found
 
 

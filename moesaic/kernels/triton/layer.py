@@ -176,8 +176,9 @@ def _backward_here(
     if needs_down and len(pieces) > 1:
         d_down = down_EDI.new_empty(down_EDI.shape)
     for columns in pieces:
+        part = columns if len(pieces) > 1 else None
         dh_NJ, wa_NI, partial = multiply.activation_gradient(
-            grad_TD, down_EDI, h_NJ, clear=sentinels, columns=columns, dh=dh_NJ
+            grad_TD, down_EDI, h_NJ, clear=sentinels, columns=part, dh=dh_NJ
         )
         partials.append(partial)
         if needs_down:

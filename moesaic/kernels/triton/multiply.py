@@ -27,6 +27,13 @@ def hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == _HOPPER
 
 
+@cache
+def _hopper_modules() -> tuple[Any, Any]:
+    from moesaic.kernels.triton import products, tune  # Gluon: not on every Triton
+
+    return products, tune
+
+
 class Products:
     """The six products of one call, on the kernels that suit the device and the tile."""
 
@@ -75,6 +82,11 @@ class Products:
         how: dict[str, Any] = {"transposed": True, "out_NM": out}
         return self._run("down", "rows", a, weight, routing=routing, **how)
 
+    def x_gradient(
+        self, dh: torch.Tensor, weight: torch.Tensor, *, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return self._run("x_gradient", "rows", dh, weight, transposed=False, out_NM=out)
+
     def down_summed(
         self,
         a_NI: torch.Tensor,
@@ -83,36 +95,31 @@ class Products:
         weights_TK: torch.Tensor,
     ) -> torch.Tensor:
         """Fill out_TD with the weighted sums of a @ down's rows, some columns at a time."""
-
-        def product(start: int, end: int, out: torch.Tensor) -> None:
-            self.down(a_NI, down_EDI[:, start:end], out=out)
-
-        return self._summed(product, out_TD, self.cuts.y, weights_TK)
+        return self._summed(self.down, a_NI, down_EDI, 1, out_TD, self.cuts.y, weights_TK)
 
     def x_gradient_summed(
         self, dh_NJ: torch.Tensor, gate_up_EJD: torch.Tensor, out_TD: torch.Tensor
     ) -> torch.Tensor:
         """Fill out_TD with the sums of dh @ gate_up's rows, some columns at a time."""
-
-        def product(start: int, end: int, out: torch.Tensor) -> None:
-            weight = gate_up_EJD[:, :, start:end]
-            self._run("x_gradient", "rows", dh_NJ, weight, transposed=False, out_NM=out)
-
-        return self._summed(product, out_TD, self.cuts.dx)
+        return self._summed(self.x_gradient, dh_NJ, gate_up_EJD, 2, out_TD, self.cuts.dx)
 
     def _summed(
         self,
-        product: Callable[[int, int, torch.Tensor], None],
+        product: Callable[..., torch.Tensor],
+        rows_NK: torch.Tensor,
+        weight: torch.Tensor,
+        axis: int,
         out_TD: torch.Tensor,
         columns: int,
         weights_TK: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`product` fills its last argument with columns of the rows."""
-        rows, inverse_N = self.routing.weight_N.shape[0], self.routing.inverse_N
+        inverse_N, rows, hidden = self.routing.inverse_N, rows_NK.shape[0], out_TD.shape[1]
+        if columns >= hidden:
+            return combine(product(rows_NK, weight), inverse_N, out_TD, weights_TK=weights_TK)
         memory = out_TD.new_empty(rows * columns)
-        for start, end in ranges(out_TD.shape[1], columns):
+        for start, end in ranges(hidden, columns):
             y = memory[: rows * (end - start)].view(rows, end - start)
-            product(start, end, y)
+            product(rows_NK, weight.narrow(axis, start, end - start), out=y)
             combine(y, inverse_N, out_TD[:, start:end], weights_TK=weights_TK)
         return out_TD
 
@@ -160,8 +167,7 @@ class Products:
         routing = routing or self.routing
         if not self.hopper:
             return getattr(portable, function)(*tensors, routing, **how)
-        from moesaic.kernels.triton import products, tune  # Gluon: not on every Triton
-
+        products, tune = _hopper_modules()
         run: Callable[..., Any] = getattr(products, function)
         launch = tune.fastest(
             product,

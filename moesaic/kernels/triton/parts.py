@@ -59,7 +59,7 @@ def _part(
     part = tl.program_id(0)
     begin = part * tiles
     first = begin * TILE - (TILE - 1) * tl.minimum(experts, begin)  # as `budget.spans` has it
-    first = tl.maximum(tl.minimum(first, rows - 1), 0)
+    first = tl.maximum(tl.minimum(first, rows - 1), 0) // 8 * 8
     count = tl.minimum(tl.maximum(tl.load(tiles_ptr) - begin, 0), tiles)
     tile = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = tile < count

@@ -91,6 +91,8 @@ def _flat(matrices: torch.Tensor) -> tuple[torch.Tensor, int]:
     Of contiguous matrices, or of some rows or columns of each.
     """
     experts, rows, columns = matrices.shape
+    if matrices.is_contiguous():
+        return matrices.view(-1, columns), rows
     step = matrices.stride(0) // matrices.stride(1)
     shape = ((experts - 1) * step + rows, columns)
     return matrices.as_strided(shape, matrices.stride()[1:]), step
@@ -233,7 +235,10 @@ def activation_gradient(
     expert's end and multiplies them by zero, which unwritten memory need not survive.
     """
     width = down_EDI.shape[2]
-    start, end = (0, width) if columns is None else columns
+    start, end, h_from = 0, width, h_NJ
+    if columns is not None:
+        start, end = columns
+        down_EDI, h_from = down_EDI[:, :, start:end], h_NJ[:, start:]
     new = h_NJ.new_zeros if clear else h_NJ.new_empty
     if dh_NJ is None:
         dh_NJ = new(h_NJ.shape)
@@ -243,11 +248,11 @@ def activation_gradient(
     )
     source, gather = _source(grad_TD, routing, launch)
     _rows(
-        source, down_EDI[:, :, start:end], routing, launch,
+        source, down_EDI, routing, launch,
         epilogue="dact", gather=gather, k_major=False, columns=end - start, second=width,
         activation=activation,
         out=dh_NJ[:, start:end], out2=dh_NJ[:, width + start : width + end], out3=wa_NI,
-        h=h_NJ[:, start:], weight=routing.weight_N, partial=partial,
+        h=h_from, weight=routing.weight_N, partial=partial,
     )  # fmt: skip
     return dh_NJ, wa_NI, partial
 
