@@ -106,9 +106,9 @@ def _forward_here(
     h_NJ = x_TD.new_empty(ids_TK.numel(), 2 * width) if keep else None
     if h_NJ is not None and cuts.parts > 1:
         y_ND = x_TD.new_empty(ids_TK.numel(), x_TD.shape[1])
-        for part, rows in split(routing, cuts.parts):
-            a_NI = multiply.up(x_TD, gate_up_EJD, h=h_NJ[rows], routing=part)
-            multiply.down(a_NI, down_EDI, out=y_ND[rows], routing=part)
+        for part, here in split(routing, cuts.parts):
+            a_NI = multiply.up(x_TD, gate_up_EJD, h=h_NJ[here], routing=part)
+            multiply.down(a_NI, down_EDI, out=y_ND[here], routing=part)
             del a_NI
         out_TD = combine(y_ND, inverse_N, torch.empty_like(x_TD), weights_TK=weights_TK)
     else:
@@ -167,11 +167,11 @@ def _backward_here(
     grad_TD = grad_TD.contiguous()
     d_x = d_gate_up = d_down = d_weights = None
     # dh takes the place of h, but for sentinels: rows of nobody must be zeros in dh.
-    spend = multiply.hopper and notes is not None and not sentinels
-    if spend and "spent" in notes:
+    spend = notes if multiply.hopper and not sentinels else None
+    if spend is not None and "spent" in spend:
         h_NJ = torch.empty_like(h_NJ)
         multiply.up(x_TD, gate_up_EJD, h=h_NJ)
-    dh_NJ = h_NJ if spend else None
+    dh_NJ: Any = None if spend is None else h_NJ
     pieces, partials = ranges(width, multiply.cuts.wa), []
     if needs_down and len(pieces) > 1:
         d_down = down_EDI.new_empty(down_EDI.shape)
@@ -186,8 +186,8 @@ def _backward_here(
             found = multiply.down_gradient(grad_TD, wa_NI, out=piece)
             d_down = found if d_down is None else d_down
         del wa_NI
-    if spend:
-        notes["spent"] = True
+    if spend is not None:
+        spend["spent"] = True
     del h_NJ
     if needs_weights:
         partial = partials[0] if len(partials) == 1 else torch.cat(partials, 1)
