@@ -9,7 +9,9 @@ inner call is not known to us, goes the ordinary way.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -30,11 +32,10 @@ class Launcher:
         self._function = function
         self._compiled: dict[tuple[Any, ...], Any] = {}
         self._direct = isinstance(function, JITFunction) and triton.__version__.startswith(_KNOWN)
-        constants = [p.is_constexpr for p in function.params] if self._direct else []
+        params = function.params if self._direct else []
         self._names: list[str] = list(function.arg_names) if self._direct else []
-        self._describe: list[Callable[[Any], Any]] = [
-            _itself if constant else _description for constant in constants
-        ]
+        self._constants = _pick(i for i, param in enumerate(params) if param.is_constexpr)
+        self._others = _pick(i for i, param in enumerate(params) if not param.is_constexpr)
 
     def __call__(
         self,
@@ -46,21 +47,27 @@ class Launcher:
         **named: Any,
     ) -> None:
         """Start the kernel on the current stream of the current device."""
-        options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages}
-        if launch_pdl:  # not an option of every backend
-            options["launch_pdl"] = True
         if not self._direct:
+            options = _options(num_warps, num_stages, launch_pdl)
             self._function[grid](*arguments, **named, **options)
             return
         if named:
             arguments = (*arguments, *[named[name] for name in self._names[len(arguments) :]])
         device = torch.cuda.current_device()
         key = (
-            device, num_warps, num_stages, launch_pdl,
-            *[describe(a) for describe, a in zip(self._describe, arguments, strict=True)],
+            device, num_warps, num_stages, launch_pdl, self._constants(arguments),
+            *[  # written out here: a call an argument would double the time of a launch
+                (a.dtype, a.data_ptr() % _ALIGNED == 0)
+                if isinstance(a, torch.Tensor)
+                else _kind(a)
+                if type(a) is int
+                else a and (a.base.dtype, *a.block_shape)  # None, or a descriptor
+                for a in self._others(arguments)
+            ],
         )  # fmt: skip
         compiled = self._compiled.get(key)
         if compiled is None:
+            options = _options(num_warps, num_stages, launch_pdl)
             self._compiled[key] = self._function[grid](*arguments, **options)
             return
         stream = torch._C._cuda_getCurrentRawStream(device)
@@ -72,19 +79,26 @@ class Launcher:
             )  # fmt: skip
         except (AttributeError, TypeError):  # a build of Triton with another inner call
             self._direct = False
+            options = _options(num_warps, num_stages, launch_pdl)
             self._function[grid](*arguments, **options)
 
 
-def _itself(argument: Any) -> Any:
-    return argument
+def _pick(places: Iterable[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """Take the arguments at `places`."""
+    found = list(places)
+    if len(found) > 1:
+        return itemgetter(*found)
+    return lambda arguments: tuple(arguments[place] for place in found)
 
 
-def _description(argument: Any) -> Any:
-    """What Triton compiles a kernel for: dtype and alignment, or what kind of integer."""
-    if isinstance(argument, torch.Tensor):
-        return argument.dtype, argument.data_ptr() % _ALIGNED == 0
-    if type(argument) is int:
-        return argument == 1, argument % _ALIGNED == 0, -(2**31) <= argument < 2**31
-    if argument is None:
-        return None
-    return argument.base.dtype, *argument.block_shape  # a descriptor
+def _options(num_warps: int, num_stages: int, launch_pdl: bool) -> dict[str, Any]:
+    options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages}
+    if launch_pdl:  # not an option of every backend
+        options["launch_pdl"] = True
+    return options
+
+
+@lru_cache(4096)
+def _kind(number: int) -> tuple[bool, ...]:
+    """What Triton compiles a kernel for; of tensors, it is dtype and alignment."""
+    return number == 1, number % _ALIGNED == 0, -(2**31) <= number < 2**31
