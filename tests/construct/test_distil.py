@@ -141,6 +141,17 @@ def test_a_layer_that_is_no_nearer_stays_as_it_was(case):
         case().distil(learning_rate=1e30)
 
 
+def test_half_precision_of_what_is_frozen_hardly_matters(case, monkeypatch):
+    """As on a GPU, where the frozen layers and the head run so."""
+    usual = case().distil()
+    half = torch.autocast("cpu", torch.bfloat16)
+    monkeypatch.setattr("moesaic.construct.free.distil._half_precision", lambda _: half)
+    for kept in (True, False):
+        facts, weights = case(kept=kept).distil()
+        assert facts == pytest.approx(usual[0], rel=0.05)
+        assert not torch.equal(weights["down_PD"], usual[1]["down_PD"])
+
+
 @pytest.mark.gpu
 def test_replayed_steps_are_the_eager_ones(tmp_path):
     path = write_family(tmp_path / "model", "llama")

@@ -90,7 +90,9 @@ def distil(
     journey = _Journey(targets, head, size)
 
     def loss(some_B: torch.Tensor) -> torch.Tensor:
-        missed, kl = journey(block(rows_BCD.index_select(0, some_B)), some_B)
+        y_BCD = block(rows_BCD.index_select(0, some_B))
+        with _half_precision(y_BCD.device):
+            missed, kl = journey(y_BCD, some_B)
         return missed + settings.kl * kl
 
     @torch.no_grad()
@@ -249,6 +251,11 @@ def _faster_products() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def _half_precision(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """bfloat16 products on a GPU, for what is frozen: the layer that is trained loses by them."""
+    return torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
 
 
 def _held_rows(rows: int) -> torch.Tensor:

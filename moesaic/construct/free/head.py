@@ -33,11 +33,11 @@ class Head:
 
         Its gradient reaches `x_TD` alone. Logits are held for a few tokens at a time.
         """
-        found: torch.Tensor = _Divergence.apply(x_TD, wanted_TD, self)  # type: ignore[no-untyped-call]
+        found: torch.Tensor = _Divergence.apply(x_TD, wanted_TD, self)
         return found
 
     def _logits(self, x_TD: torch.Tensor) -> torch.Tensor:
-        logits_TV = functional.linear(x_TD, self.weight_VD)
+        logits_TV = functional.linear(x_TD, self.weight_VD).float()
         return logits_TV if self.cap is None else logits_TV.div_(self.cap).tanh_().mul_(self.cap)
 
 
@@ -71,7 +71,7 @@ class _Divergence(torch.autograd.Function):
                 change_TV = given_TV.exp_().sub_(wanted_TV)
                 if head.cap is not None:
                     change_TV *= 1 - (logits_TV / head.cap).square_()
-                torch.mm(change_TV, head.weight_VD, out=slope_TD[part])
+                slope_TD[part] = change_TV @ head.weight_VD
         if slope_TD is not None:
             ctx.save_for_backward(slope_TD.div_(len(x_TD)))
         return total / len(x_TD)
