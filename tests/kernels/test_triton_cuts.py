@@ -7,6 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("triton")
 
@@ -142,6 +145,53 @@ def test_pieces_of_each_experts_matrix_are_one_matrix_with_gaps():
         for expert, matrix in enumerate(piece):
             start = expert * step
             assert torch.equal(flat[start : start + piece.shape[1]], matrix)
+
+
+class _Held(TorchDispatchMode):
+    """Bytes of the tensors made inside that are alive, at most; not of those `before`."""
+
+    def __init__(self, *before):
+        super().__init__()
+        self.peak, self._made = 0, {StorageWeakRef(t.untyped_storage()): 0 for t in before}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = StorageWeakRef(tensor.untyped_storage())
+                self._made.setdefault(storage, tensor.untyped_storage().nbytes())
+        self._made = {storage: n for storage, n in self._made.items() if not storage.expired()}
+        self.peak = max(self.peak, sum(self._made.values()))
+        return result
+
+
+@pytest.mark.skipif(INTERPRETED, reason="launches nothing")
+@pytest.mark.parametrize("name", MEASURED)
+def test_a_step_holds_what_the_timeline_says(name, monkeypatch):
+    """All of the layer but its kernels, on tensors without numbers, as it runs on a Hopper."""
+    from moesaic.kernels.triton import products, tune
+    from moesaic.kernels.triton.launch import Launcher
+
+    for module in (layer, multiply):
+        monkeypatch.setattr(module, "hopper", lambda device: True)
+    monkeypatch.setattr(products, "_processors", lambda device: 132)
+    monkeypatch.setattr(Launcher, "__call__", lambda *args, **kwargs: None)
+    fastest = lambda product, run, **about: tune.CANDIDATES[product][-1]  # noqa: E731 (it may copy)
+    monkeypatch.setattr(tune, "fastest", fastest)
+    sizes = _sizes(name)
+    T, D, I, E, K = sizes.tokens, sizes.hidden, sizes.width, sizes.experts, sizes.top_k  # noqa: E741
+    with torch.device("meta"):
+        shapes = (T, D), (E, 2 * I, D), (E, D, I), (T, K)
+        x, gate_up, down, weights = (
+            torch.empty(shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes
+        )
+        grad, ids = torch.empty(T, D, dtype=torch.bfloat16), torch.zeros(T, K, dtype=torch.int64)
+        with _Held(x, gate_up, down, weights, grad, ids) as held:
+            out = layer.compute(x, gate_up, down, ids, weights, activation="silu", sentinels=False)
+            found = torch.autograd.grad(out, (x, gate_up, down, weights), grad)
+    assert [g.shape for g in found] == list(shapes)
+    assert held.peak == pytest.approx(max(sizes.timeline(cut(sizes)).values()), rel=1e-3)
+    assert held.peak <= 1.001 * sizes.bound()
 
 
 # ---- on a GPU ----
