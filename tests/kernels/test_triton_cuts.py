@@ -13,9 +13,11 @@ from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("triton")
 
+from moesaic.kernels import reference
 from moesaic.kernels.bench import PRESETS
 from moesaic.kernels.triton import budget, layer, multiply
 from moesaic.kernels.triton.budget import Cuts, Layer, cut, ranges, spans
+from tests.kernels import emulated
 from tests.kernels.conftest import INTERPRETED
 
 MEASURED = {  # MB on an H200 before there were pieces: peak, bound
@@ -132,6 +134,36 @@ def test_pieces_change_no_bit(pieces, outside, monkeypatch):
     found = _step(*problem, monkeypatch, PIECES[pieces], sentinels=outside)
     assert whole[0].any()
     assert all(torch.equal(a, b) for a, b in zip(whole, found, strict=True))
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("outside", [False, True])
+def test_pieces_change_no_bit_of_what_hopper_kernels_are_told(outside, monkeypatch):
+    from moesaic.kernels.triton import products, tune
+    from moesaic.kernels.triton.hopper_outer import outer_kernel
+    from moesaic.kernels.triton.hopper_rows import rows_kernel
+
+    for module in (layer, multiply):
+        monkeypatch.setattr(module, "hopper", lambda device: True)
+    monkeypatch.setattr(products, "_processors", lambda device: 132)
+    rows, outer = emulated.rows_kernel, emulated.outer_kernel
+    monkeypatch.setattr(products, "_start_rows", emulated.Launcher(rows_kernel, rows))
+    monkeypatch.setattr(products, "_start_outer", emulated.Launcher(outer_kernel, outer))
+    fastest = lambda product, run, **about: tune.CANDIDATES[product][-1]  # noqa: E731 (it may copy)
+    monkeypatch.setattr(tune, "fastest", fastest)
+    problem = _problem(90, 320, 328, 5, 2, device="cpu", dtype=torch.bfloat16, outside=outside)
+    whole = _step(*problem, monkeypatch, {}, sentinels=outside)
+    if not outside:
+        tensors, ids, grad = problem
+        exact = [t.float().requires_grad_() for t in tensors]
+        out = reference.experts(*exact[:3], ids, exact[3])
+        for found, wanted in zip(
+            whole, [out, *torch.autograd.grad(out, exact, grad.float())], strict=True
+        ):
+            assert (found.float() - wanted).norm() < 1e-2 * wanted.norm()
+    for pieces in ({"y": 256, "dx": 128}, {"parts": 2, "wa": 256}, {"parts": 4, "copy_up": True}):
+        found = _step(*problem, monkeypatch, pieces, sentinels=outside)
+        assert all(torch.equal(a, b) for a, b in zip(whole, found, strict=True))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="compiles, so does not interpret")

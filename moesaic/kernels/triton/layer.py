@@ -7,7 +7,8 @@ activation behind it, y = a @ down, weighted sum over a token's rows. Kept for t
 and h (2D + 4KI bytes a token in bf16) and the metadata. Backward: one product gives dh, weight * a
 and the routing weights' gradient; the two weight gradients gather x and the output's gradient
 inside; dx is summed over a token's rows. dh takes the place of h, which a second pass through the
-same graph computes anew. The algebra is that of SonicMoE (arXiv 2512.14080, section
+same graph computes anew. Where these would hold more than what is kept and returned, products are
+taken in the pieces that `budget` names. The algebra is that of SonicMoE (arXiv 2512.14080, section
 4); kernels and code are our own.
 
 On Hopper the products are those of `products`, elsewhere those of `portable`; a few tokens without
