@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -236,6 +237,26 @@ def test_two_runs_give_the_same_bits(routing):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     exact = _exact(tensors, ids, grad)
     assert all(_error(a, b) < 1e-2 for a, b in zip(first, exact, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("routing", ["uniform", "zipf", "one"])
+def test_weight_gradients_do_not_depend_on_who_draws_a_tile(routing):
+    from moesaic.kernels.triton import metadata, products
+
+    (x, _, _, weights), ids, _ = _problem(6000, 1024, 640, 16, 2, routing=routing)
+    rows = torch.randn(ids.numel(), 640, device="cuda").bfloat16()
+    routed = metadata.route(ids, weights, experts=16, tile_rows=128)
+    tickets = routed.tickets.clone()
+    launch = products.Launch(256, 3)
+    found = [products.outer(x, rows, routed, launch) for _ in range(9)]
+    assert all(torch.equal(found[0], other) for other in found[1:])
+    assert torch.equal(routed.tickets, tickets)
+    ends = [0, *routed.ends_E.tolist()]
+    for expert, (begin, end) in enumerate(itertools.pairwise(ends)):
+        tokens = routed.token_N[begin:end].long()
+        exact = x[tokens].float().T @ rows[begin:end].float()
+        assert _error(found[0][expert], exact) < 1e-2
 
 
 @pytest.mark.gpu
