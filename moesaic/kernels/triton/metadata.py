@@ -63,8 +63,22 @@ class Routing:
     ) -> Routing:
         """Cut `ints` into its parts."""
         parts: list[torch.Tensor] = list(ints.split(_sizes(weight_N.shape[0], experts, tile_rows)))
-        token_N, inverse_N, *rest = parts
-        return cls(ints, weight_N, token_N, inverse_N, *rest, tile_rows)
+        token_N, inverse_N, expert, row, left, ends_E, totals_E, by_size, tickets, tiles = parts
+        return cls(
+            ints,
+            weight_N,
+            token_N,
+            inverse_N,
+            expert,
+            row,
+            left,
+            ends_E,
+            totals_E,
+            by_size,
+            tickets,
+            tiles,
+            tile_rows,
+        )
 
     @property
     def most_tiles(self) -> int:
