@@ -91,6 +91,7 @@ def closed_form(path: Path, out: Path, recipe: Recipe) -> dict[str, Any]:
             layers[-1]["rounds of the split"] = len(made.facts["split"].get("captured", []))
             print(json.dumps(layers[-1]), file=sys.stderr, flush=True)
         start = time.perf_counter()
+        writer.end(maker.last_norm()[1])
     found["last tensors written, s"] = say("writing", start)
     found["layers"] = layers
     return found

@@ -26,8 +26,8 @@ from moesaic.construct.free.block import Fixed, RoutedBlock, dense_block
 from moesaic.construct.free.distil import Distillation, Target, distil
 from moesaic.construct.free.head import Head, head_of
 from moesaic.construct.free.layer import ConvertedLayer
-from moesaic.construct.free.view import LayerView
-from moesaic.construct.input_maps import fold_experts
+from moesaic.construct.free.view import LayerView, held_back
+from moesaic.construct.input_maps import fit_map, fold, fold_experts
 from moesaic.construct.method import LayerSplit
 from moesaic.construct.recipe import Recipe
 from moesaic.construct.refit import Refit, RefitInputs
@@ -116,6 +116,14 @@ class LayerMaker:
             dense_TD = self.stream.finish(module, seen.dense_residual_TD, dense_out_TD)
             self.dense_BCD = dense_TD.view(shape)
             x_TD = seen.normed_TD
+            gate_FD, up_FD = mlp.gate_proj.weight, mlp.up_proj.weight
+            mapped = self.maps and index > 0
+            if mapped:  # what split and router look at; experts get maps of their own below
+                held_T = held_back(len(x_TD), shape[1]).to(x_TD.device)
+                map_DD = fit_map(x_TD, seen.dense_normed_TD, held_T)
+                for part in (mlp.gate_proj, mlp.up_proj):
+                    folded = fold(part.weight, map_DD, self.dtype)
+                    part.weight = torch.nn.Parameter(folded, requires_grad=False)
             neurons_TF = _in_parts(
                 lambda x: mlp.act_fn(mlp.gate_proj(x)).mul_(mlp.up_proj(x)), x_TD
             )
@@ -139,14 +147,14 @@ class LayerMaker:
         with self._timed("split and router"):
             made = self.divide(view, mlp.down_proj.bias)
             weights_TE = made.weights(x_TD)
-        gate_PD, up_PD = view.gate_FD[made.order_P], view.up_FD[made.order_P]
+        gate_PD, up_PD = gate_FD[made.order_P], up_FD[made.order_P]
         last = LayerWeights(made.parts, made.router, gate_PD, up_PD, made.down_PD, {})
         stages = {"split": last}
         errors = {"split": made.error(neurons_TF, weights_TE, own_TD, view.held_T)}
         made.judge(view, weights_TE, own_TD)
         if self.refit is not None:
             with self._timed("refit"):
-                if self.maps and index:
+                if mapped:
                     gate_PD, up_PD = fold_experts(
                         gate_PD,
                         up_PD,
@@ -187,6 +195,34 @@ class LayerMaker:
         }
         router = {name: weight.cpu() for name, weight in last.router.items()}
         return MadeLayer(made.parts, router, made.facts), stages
+
+    @torch.inference_mode()
+    def last_norm(self) -> tuple[float, dict[str, torch.Tensor]]:
+        """The factor that brings the normed stream at the end nearest to the dense model's, and the
+        last norm's weight with it, by name; nothing where the norm does not scale with its weight.
+
+        A stream that has lost something predicts too surely; one number, found by least squares,
+        makes up for that. Where maps are left out, or layers were refined towards the predictions,
+        it is 1.
+        """
+        if not self.maps or self.refine is not None:
+            return 1.0, {}
+        norm: Any = self.stream.norm_after(self.dense.layers - 1)
+        both = both_squares = 0.0
+        for some, wanted in zip(
+            self.moe_BCD.split(_ROWS), self.dense_BCD.split(_ROWS), strict=True
+        ):
+            given_BCD, wanted_BCD = norm(some), norm(wanted)
+            both += float((given_BCD * wanted_BCD).sum())
+            both_squares += float(given_BCD.square().sum())
+        factor = both / max(both_squares, 1e-30)
+        plain, few_BCD = norm.weight, self.moe_BCD[:1]
+        aim_BCD = norm(few_BCD) * factor
+        for weight in (plain * factor, (1 + plain) * factor - 1):  # Gemma's norms add one
+            norm.weight = torch.nn.Parameter(weight, requires_grad=False)
+            if torch.allclose(norm(few_BCD), aim_BCD, rtol=1e-3, atol=1e-5):
+                return factor, {self.dense.outer()[1][0]: weight}
+        return 1.0, {}
 
     def divide(self, view: LayerView, bias_D: torch.Tensor | None) -> ConvertedLayer:
         """The experts and the router of the next layer; `bias_D` is of its down projection."""
@@ -371,5 +407,6 @@ def _in_parts(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor)
 
 
 _PART = 8192
+_ROWS = 16
 _KEPT = 8 << 30
 """Bytes of the dense model's streams that are kept for refining."""

@@ -30,7 +30,7 @@ __all__ = ["MixtureWriter"]
 
 
 class MixtureWriter:
-    """One mixture in one directory; use as a context manager and write the layers in order.
+    """One mixture in one directory; use as a context manager, write the layers in order, then end.
 
     `ready` is the split of all layers where it is known; else the layers are as wide as the first.
     Raises MoesaicError when the disk is full.
@@ -104,9 +104,18 @@ class MixtureWriter:
         self._writer = CheckpointWriter(
             self.directory, self._blueprint.plan(), max_shard_bytes=self._limit
         )
-        for names in dense.outer():
-            outside = {self._blueprint.renamed(name): dense.read(name) for name in names}
-            self._write(outside, names)
+        self._outside(dense.outer()[0], {})
+
+    def end(self, changed: Mapping[str, torch.Tensor]) -> None:
+        """Write what comes after the layers, some of it changed, by the dense model's names."""
+        self._wait()
+        self._outside(self.dense.outer()[1], changed)
+
+    def _outside(self, names: list[str], changed: Mapping[str, torch.Tensor]) -> None:
+        assert self._blueprint is not None
+        kept = {name: self.dense.read(name) for name in names}
+        kept |= {name: weight.to(kept[name].dtype).cpu() for name, weight in changed.items()}
+        self._write({self._blueprint.renamed(name): weight for name, weight in kept.items()}, names)
 
     def _write(self, tensors: Mapping[str, torch.Tensor], taken: list[str]) -> None:
         assert self._writer is not None

@@ -53,6 +53,8 @@ class Construction:
     stages: list[dict[str, Any]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     allotment: Allotment | None = None
+    last_norm: float = 1.0
+    """Factor of the last norm's weight in the stage `refit`."""
 
     @property
     def selects(self) -> Selects:
@@ -136,6 +138,7 @@ def results(made: Construction) -> dict[str, Any]:
         "recipe": recipe.model_dump(mode="json"),
         "exact": made.split().exact and all(stage is None for stage in changed),
         "experts_per_layer": None if made.allotment is None else made.allotment.facts(),
+        "last_norm": made.last_norm,
         "stages": made.stages,
         "layers": [layer.facts for layer in made.layers],
         "seconds": {key: round(value, 1) for key, value in made.seconds.items()},
@@ -228,6 +231,9 @@ def _make(
             made.layers.append(layer)
             for stage, writer in writers.items():
                 writer.layer(index, weights[stage])
+        made.last_norm, changed = maker.last_norm()
+        for stage, writer in writers.items():
+            writer.end(changed if stage == "refit" else {})
     facts = [layer.facts for layer in made.layers]
     name_the_idle(facts)
     name_the_unrefined(facts)

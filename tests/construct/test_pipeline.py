@@ -13,6 +13,7 @@ from moesaic.construct.pipeline import Recipe, construct, results, run
 from moesaic.construct.split import NeuronSplit
 from moesaic.core.errors import UserError
 from moesaic.models.tokenizer import load_tokenizer
+from tests.construct.dense_family_models import write_family
 from tests.construct.dense_models import write_dense, write_text_tokenizer
 from tests.helpers import assert_user_error, run_cli
 
@@ -137,6 +138,27 @@ def test_maps_repair_what_is_read(dense, tmp_path):
     assert not torch.equal(*made)
     # what the layer reads does not change the neurons of the stage before
     assert mapped.layers[1].facts["all_on"] < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_the_last_norm_is_scaled_towards_the_dense_stream(kind, dense, tmp_path):
+    path = dense / "model"
+    if kind != "llama":  # its norms add one to their weight
+        path = write_family(tmp_path / "dense", kind)
+        write_text_tokenizer(path)
+    made = run(path, recipe(dense, top_k=1), folder=tmp_path)
+    assert 0 < made.last_norm < 1  # a stream that has lost something predicts too surely
+    assert results(made)["last_norm"] == made.last_norm
+    x = torch.randn(3, 5, made.dense.hidden)
+    norms = {}
+    for name in ("dense", "split", "refit"):
+        place = path if name == "dense" else tmp_path / name
+        norms[name] = moesaic.load(place, dtype=torch.float32).model.norm(x)
+    torch.testing.assert_close(norms["split"], norms["dense"])
+    torch.testing.assert_close(
+        norms["refit"], made.last_norm * norms["dense"], rtol=1e-3, atol=1e-4
+    )
+    assert run(path, recipe(dense, maps=False)).last_norm == 1.0
 
 
 def test_a_map_is_folded_into_what_reads_it():
