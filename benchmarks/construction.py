@@ -4,10 +4,10 @@
     python -m benchmarks.construction -o runs/construction --table    # benchmarks/construction.md
 
 A dense model is converted by every method, and most conversions are trained on at equal budgets.
-The learning rate of a method and a number of active experts is the one of lowest loss on training
-text that was kept back ("dev"): rates of `GRID`, each run for the first budget, further ones while
-the best lies at an end. The second budget takes that rate; before the longest one, the rates next
-to it are tried at the second budget, since long runs want others than short ones.
+The learning rate of a method, a number of active experts and a budget is chosen on one half of the
+held-out documents and scored on the other, both ways, by the first seed's runs: rates of `GRID` for
+the first budget, those next to the last one's best for the others, further ones while the best lies
+at an end. (Training text that is kept back cannot choose: the dense model has seen it.)
 
 One row a run is appended to OUT/rows.jsonl; rows that are there, or in `--rows`, are not run again
 when they were made with the same recipe and settings. The runs that matter most come first;
@@ -169,41 +169,26 @@ class Plan:
 
     def trainings(self) -> Iterator[Job]:
         """Every training run whose rate is known already, the most wanted first."""
-        if not self.budgets:
-            return
-        first, seed = self.budgets[0], self.seeds[0]
+        seed = self.seeds[0]
         starts = [*self.trained(), SCRATCH]
         sizes = [(DENSE, self.experts)]
         sizes += [(m, k) for k in self.actives if k in (2, 4) for m in starts]
         sizes = [size for size in sizes if size not in self.dropped]
-        for lr in self.grid:
-            yield from (self.run(m, k, seed, first, lr) for m, k in sizes)
-        for method, top_k in sizes:
-            more = self.beyond(method, top_k)
-            if more is not None:
-                yield self.run(method, top_k, seed, first, more)
-        for budget in self.budgets[1:2]:
+        for place, budget in enumerate(self.budgets):
+            if place == 2:
+                best = self.ranked("train")[: self.best]
+                if not best:
+                    return
+                always = {"v2 residual", "v1 random", DENSE, SCRATCH}
+                sizes = [size for size in sizes if size[0] in {*best, *always}]
             for method, top_k in sizes:
-                if (rate := self.rate(method, top_k, first)) is not None:
-                    yield self.run(method, top_k, seed, budget, rate)
-        if len(self.budgets) < 3:
-            return
-        second, last = self.budgets[1:3]
-        best = self.ranked("train")[: self.best]
-        if not best:
-            return
-        always = [m for m in ("v2 residual", "v1 random") if m in self.methods and m not in best]
-        long = [s for s in sizes if s[0] in (*best, *always, DENSE, SCRATCH)]
-        for method, top_k in long:
-            yield from (self.run(method, top_k, seed, second, r) for r in self.near(method, top_k))
-        later = [s for s in long if s[0] == SCRATCH]
-        for number, method, top_k in [
-            *((seed, *size) for size in long),
-            *((n, *size) for n in self.seeds[1:] for size in long if size not in later),
-            *((n, *size) for n in self.seeds[1:] for size in later),
-        ]:
-            if (rate := self.rate(method, top_k, second)) is not None:
-                yield self.run(method, top_k, number, last, rate)
+                rates = self.wanted(method, top_k, budget) or []
+                yield from (self.run(method, top_k, seed, budget, rate) for rate in rates)
+        last = self.budgets[2] if len(self.budgets) > 2 else None
+        for number in self.seeds[1:] if last else ():
+            for method, top_k in sizes:
+                if last and (rate := self.rate(method, top_k, last)) is not None:
+                    yield self.run(method, top_k, number, last, rate)
 
     def trained(self) -> list[str]:
         lost = {method for method, _ in self.dropped}
@@ -216,58 +201,62 @@ class Plan:
         """Runs of the first seed at a budget, by rate."""
         return self._tried.get((method, top_k, budget), {})
 
-    def lowest(self, method: str, top_k: int, budget: int) -> float | None:
-        """The rate of lowest loss on the text kept back; None when nothing was tried."""
-        tried = self.tried(method, top_k, budget)
-        # a run that diverged has no loss
-        dev = {lr: row["dev"] for lr, row in tried.items() if row["dev"] is not None}
-        return min(dev, key=dev.__getitem__) if dev else None
-
-    def beyond(self, method: str, top_k: int) -> float | None:
-        """The rate past the end where the best one lies, once the grid has been run."""
-        tried = self.tried(method, top_k, self.budgets[0])
-        if any(lr not in tried for lr in self.grid) or len(self.grid) < 2:
-            return None
-        best = self.lowest(method, top_k, self.budgets[0])
-        if best is None or min(tried) < best < max(tried):
-            return None
-        place = LADDER.index(best) + (1 if best == max(tried) else -1)
-        return LADDER[place] if 0 <= place < len(LADDER) else None
-
-    def near(self, method: str, top_k: int) -> list[float]:
-        """The rates beside the chosen one, for the second budget."""
-        rate = self.rate(method, top_k, self.budgets[0])
-        if rate is None or len(self.grid) < 2:
-            return []
-        place = LADDER.index(rate)
-        return list(LADDER[place + 1 : place + 2]) + list(LADDER[max(0, place - 1) : place])
+    def wanted(self, method: str, top_k: int, budget: int) -> list[float] | None:
+        """Rates to try at a budget, as far as they are known; None before the budget before."""
+        place, tried = self.budgets.index(budget), self.tried(method, top_k, budget)
+        rates = list(self.grid)
+        if place > 0:
+            before = self.rate(method, top_k, self.budgets[place - 1])
+            if before is None:
+                return None
+            at = LADDER.index(before)
+            rates = list(LADDER[max(0, at - 1) : at + 2]) if len(self.grid) > 1 else [before]
+        best = self.lowest(method, top_k, budget)
+        if len(rates) < 2 or best is None or any(rate not in tried for rate in rates):
+            return rates
+        at = LADDER.index(best)
+        beyond = LADDER[max(0, at - 1) : at + 2]  # its neighbours: new ones where it is an end
+        return [*tried, *(rate for rate in beyond if rate not in tried)]
 
     def rate(self, method: str, top_k: int, budget: int) -> float | None:
-        """The rate for the budget that follows `budget`; None while runs for it are missing."""
-        if any(lr not in self.tried(method, top_k, self.budgets[0]) for lr in self.grid):
+        """The best rate at a budget; None while runs for it are missing."""
+        wanted, tried = self.wanted(method, top_k, budget), self.tried(method, top_k, budget)
+        if wanted is None or any(rate not in tried for rate in wanted):
             return None
-        if self.beyond(method, top_k) is not None:
+        return self.lowest(method, top_k, budget)
+
+    def lowest(self, method: str, top_k: int, budget: int) -> float | None:
+        """The rate of lowest loss so far, whole held-out text; None when nothing was tried."""
+        known = self._finite(method, top_k, budget)
+        return min(known, key=lambda rate: sum(known[rate])) if known else None
+
+    def scored(self, method: str, top_k: int, budget: int) -> float | None:
+        """The first seed's loss: each half of the text under the rate that the other chooses."""
+        known = self._finite(method, top_k, budget).values()
+        if not known:
             return None
-        if budget == self.budgets[0]:
-            return self.lowest(method, top_k, budget)
-        rate = self.rate(method, top_k, self.budgets[0])
+        chosen = (min(known, key=lambda halves: halves[1 - half])[half] for half in (0, 1))
+        return sum(chosen) / 2
+
+    def _finite(self, method: str, top_k: int, budget: int) -> dict[float, list[float]]:
+        """Losses on both halves by rate; a run that diverged has none."""
         tried = self.tried(method, top_k, budget)
-        missing = any(lr not in tried for lr in [rate, *self.near(method, top_k)])
-        return None if missing else self.lowest(method, top_k, budget)
+        return {rate: row["halves"] for rate, row in tried.items() if row["halves"] is not None}
 
     def ranked(self, kind: str) -> list[str]:
         """Methods by mean loss at 2 and 4 of 8; none until every method has been measured."""
         sums: dict[str, float] = {}
         for method in self.trained():
             for top_k in (k for k in self.actives if k in (2, 4)):
+                loss: float | None = None
                 if kind == "convert":
                     row = self.rows.get(key(self.job(kind, method, top_k, self.seeds[0])))
-                else:
-                    rate = self.rate(method, top_k, self.budgets[0])
-                    row = rate and self.tried(method, top_k, self.budgets[1]).get(rate)
-                if not row:
+                    loss = row["loss"] if row else None
+                elif self.rate(method, top_k, self.budgets[1]) is not None:
+                    loss = self.scored(method, top_k, self.budgets[1])
+                if loss is None:
                     return []
-                sums[method] = sums.get(method, 0.0) + row["dev" if kind == "train" else "loss"]
+                sums[method] = sums.get(method, 0.0) + loss
         return sorted(sums, key=sums.__getitem__)
 
 

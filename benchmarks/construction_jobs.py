@@ -51,8 +51,6 @@ class Settings:
     """Lowest share of the peak rate."""
     documents: int | None = None
     """Held-out documents of a domain; None: all."""
-    dev_documents: int = 12
-    """Training documents of a domain that are kept for choosing the learning rate."""
 
 
 class GraphFailed(RuntimeError):
@@ -69,29 +67,21 @@ class Bench:
         found = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(found if device == "auto" else device)
         self.graphs = self.device.type == "cuda"
-        self._rows: dict[str, Rows] = {}
+        self._rows: Rows | None = None
 
     # Text, prepared once by the first process
 
     def prepare(self, seeds: list[int], tokens: int) -> None:
-        """Divide the training text, tokenise it and pack the blocks of every seed's longest run.
-
-        The last `dev_documents` of each domain's training text choose the learning rate; the others
-        calibrate and train.
-        """
+        """Tokenise the text and pack the blocks of every seed's longest run."""
         from moesaic.data import open_domains
         from moesaic.data.batches import document_rows
         from moesaic.data.mixture import MixtureStream
         from moesaic.data.tokens import open_tokens
         from moesaic.models.tokenizer import load_tokenizer
 
-        self._divide()
         tokenizer = load_tokenizer(self.model)
-        for name, part in (("dev", self.work / "text/dev"), ("valid", None)):
-            path = self.work / f"{name}.json"
-            if path.is_file():
-                continue
-            files = {d: str(part / f"{d}.jsonl") for d in DOMAINS} if part else self._valid()
+        path = self.work / "valid.json"
+        if not path.is_file():
             rows = {
                 d: [
                     row
@@ -99,11 +89,11 @@ class Bench:
                         source,
                         tokenizer,
                         context=self.settings.block,
-                        max_documents=None if part else self.settings.documents,
+                        max_documents=self.settings.documents,
                     )
                     if len(row) > 1
                 ]
-                for d, source in open_domains(files).items()
+                for d, source in open_domains(self._text("valid")).items()
             }
             path.write_text(json.dumps(rows))
         blocks = tokens // self.settings.block
@@ -111,31 +101,13 @@ class Bench:
             path = self.work / f"blocks-{seed}.npy"
             if path.is_file() and len(np.load(path, mmap_mode="r")) >= blocks:
                 continue
-            domains = open_tokens(self._fit(), tokenizer, cache=self.work / "tokens")
+            domains = open_tokens(self._text("train"), tokenizer, cache=self.work / "tokens")
             stream = MixtureStream(domains, block=self.settings.block, seed=seed)
             drawn = [stream.next_block()[1].astype(np.uint16) for _ in range(blocks)]
             np.save(path, np.stack(drawn))
 
-    def _divide(self) -> None:
-        """Write text/fit and text/dev."""
-        if (self.work / "text").is_dir():
-            return
-        partial = self.work / "text.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        for domain in DOMAINS:
-            lines = (self.corpus / domain / "train.jsonl").read_text().splitlines(keepends=True)
-            kept = lines[: -self.settings.dev_documents]
-            parts = {"fit": kept, "dev": lines[-self.settings.dev_documents :]}
-            for name, part in parts.items():
-                (partial / name).mkdir(parents=True, exist_ok=True)
-                (partial / name / f"{domain}.jsonl").write_text("".join(part))
-        partial.rename(self.work / "text")
-
-    def _fit(self) -> dict[str, str]:
-        return {d: str(self.work / "text/fit" / f"{d}.jsonl") for d in DOMAINS}
-
-    def _valid(self) -> dict[str, str]:
-        return {d: str(self.corpus / d / "valid.jsonl") for d in DOMAINS}
+    def _text(self, part: str) -> dict[str, str]:
+        return {d: str(self.corpus / d / f"{part}.jsonl") for d in DOMAINS}
 
     # Conversion
 
@@ -162,7 +134,7 @@ class Bench:
             experts=job["experts"],
             top_k=job["top_k"],
             seed=job["seed"],
-            data=self._fit(),
+            data=self._text("train"),
             context=self.settings.block,
             device=str(self.device),
             **{"tokens": self.settings.calibration, **job["recipe"], **self._ready(job)},
@@ -213,7 +185,7 @@ class Bench:
                     method=split,
                     experts=job["experts"],
                     shared=shared,
-                    data=self._fit(),
+                    data=self._text("train"),
                     seed=job["seed"],
                 )
         gates = out / "router.safetensors"
@@ -221,29 +193,39 @@ class Bench:
         return {"split": str(out)} | ({"router": str(gates)} if routed else {})
 
     def _measured(self, model: Any, started: float, facts: dict[str, Any]) -> dict[str, Any]:
-        losses = self.losses(model, "valid")
-        spent = round(time.monotonic() - started, 2)
-        return {"loss": losses["mean"], "losses": losses, **facts, "seconds": spent}
+        found = self.losses(model)
+        return {**found, **facts, "seconds": round(time.monotonic() - started, 2)}
 
-    def losses(self, model: Any, part: str) -> dict[str, float]:
-        """What `moesaic.measure.held_out_loss` gives, in float32, on rows tokenised before."""
+    def losses(self, model: Any) -> dict[str, Any]:
+        """What `moesaic.measure.held_out_loss` gives, in float32, on rows tokenised before.
+
+        `loss` is the mean of `losses` by domain; `halves` are the same means over every other
+        document and over the rest: what one half chooses is scored on the other.
+        """
         from moesaic.measure.loss import batch_loss
         from moesaic.measure.rows import by_length, evaluating
 
-        if part not in self._rows:
-            self._rows[part] = json.loads((self.work / f"{part}.json").read_text())
+        if self._rows is None:
+            self._rows = json.loads((self.work / "valid.json").read_text())
+        assert self._rows is not None
         budget = (128 if self.device.type == "cuda" else 16) * self.settings.block
-        found = {}
+        whole: dict[str, float] = {}
+        halves: tuple[list[float], list[float]] = ([], [])
         with evaluating(model), torch.inference_mode():
-            for domain, rows in self._rows[part].items():
-                sums = [batch_loss(model, batch) for batch in by_length(rows, budget)]
-                found[domain] = sum(s[0] for s in sums) / sum(s[1] for s in sums)
-        return {"mean": sum(found.values()) / len(found), **found}
+            for domain, rows in self._rows.items():
+                sums = []
+                for half, found in zip((rows[::2], rows[1::2]), halves, strict=True):
+                    parts = [batch_loss(model, batch) for batch in by_length(half, budget)]
+                    sums.append((sum(p[0] for p in parts), sum(p[1] for p in parts)))
+                    found.append(sums[-1][0] / max(1, sums[-1][1]))
+                whole[domain] = sum(s[0] for s in sums) / sum(s[1] for s in sums)
+        means = [sum(found) / len(found) for found in halves]
+        return {"loss": sum(whole.values()) / len(whole), "losses": whole, "halves": means}
 
     # Training on
 
     def train(self, job: Mapping[str, Any]) -> dict[str, Any]:
-        """Train a start on for `job["budget"]` tokens at `job["lr"]`; measure both texts."""
+        """Train a start on for `job["budget"]` tokens at `job["lr"]`, and measure it."""
         from moesaic.models.load import load
         from moesaic.training.setup import count_parameters
 
@@ -286,11 +268,11 @@ class Bench:
         }
         del update, result
         model.zero_grad(set_to_none=True)
-        dev, valid = self.losses(model, "dev"), self.losses(model, "valid")
+        found = self.losses(model)
         row["seconds"] = round(time.monotonic() - started, 2)
-        if not math.isfinite(dev["mean"] + valid["mean"]):
-            return {"dev": None, "loss": None, "losses": None, **row, "train_loss": None}
-        return {"dev": dev["mean"], "loss": valid["mean"], "losses": valid, **row}
+        if not math.isfinite(found["loss"]):
+            found, row["train_loss"] = dict.fromkeys(found), None
+        return {**found, **row}
 
 
 class Update:

@@ -126,11 +126,9 @@ def conditions(plan: Plan, settings: dict[str, Any]) -> str:
         f"cosine to {settings['floor']:.0%}, {update} tokens an update, domains in equal parts, "
         "bf16 autocast over float32 weights; every row of a seed sees the same tokens in the same "
         "order. Balance loss and noise are the model's own; a pruned model's gate is not trained. "
-        f"{len(trained)} runs. Learning rates are chosen on the last "
-        f"{settings['dev_documents']} training documents of each domain, which no run sees: "
-        f"among {', '.join(f'{lr:g}' for lr in plan.grid)}, and further while the best lies at an "
-        "end, by runs of the first budget; that rate is used for the second budget, too. Before "
-        "the longest budget the rates next to it are tried at the second."
+        f"{len(trained)} runs. Learning rates of every budget are chosen on one half of the "
+        "held-out documents and scored on the other, both ways, by the first seed; other seeds "
+        "take the best of the whole."
     )
 
 
@@ -150,20 +148,20 @@ def trained(plan: Plan, top_k: int) -> Iterable[str]:
 
 
 def rates(plan: Plan) -> Iterable[str]:
-    """Every rate that was tried with its loss on the text kept back; the lowest is bold."""
-    heads = ["start", "active", "tokens", "rate: dev loss"]
+    """Every rate that was tried with its loss; the lowest is bold."""
+    heads = ["start", "active", "tokens", "rate: loss"]
     table = []
     for method in (DENSE, *plan.methods, SCRATCH):
         for top_k in [plan.experts] if method == DENSE else plan.actives:
-            for budget in plan.budgets[:2]:
+            for budget in plan.budgets:
                 tried = plan.tried(method, top_k, budget)
                 best = plan.lowest(method, top_k, budget)
                 if len(tried) < 2:
                     continue
                 cells = []
                 for lr, row in sorted(tried.items()):
-                    dev = "diverged" if row["dev"] is None else f"{row['dev']:.4f}"
-                    cells.append(f"**{lr:g}: {dev}**" if lr == best else f"{lr:g}: {dev}")
+                    loss = "diverged" if row["halves"] is None else f"{_whole(row):.4f}"
+                    cells.append(f"**{lr:g}: {loss}**" if lr == best else f"{lr:g}: {loss}")
                 active = "all" if method == DENSE else f"{top_k}/{plan.experts}"
                 table.append([method, active, f"{budget / 1e6:g} M", ", ".join(cells)])
     return _table(heads, table)
@@ -227,13 +225,18 @@ def _losses(plan: Plan, method: str, top_k: int, budget: int) -> list[float]:
     """Losses by seed at the chosen rate; at budget 0 those of the conversions."""
     if budget == 0:
         rows = [r for r in _conversions(plan) if (r["method"], r["top_k"]) == (method, top_k)]
-        return [row["loss"] for row in rows if row["experts"] == plan.experts]
-    place = plan.budgets.index(budget)
-    rate = plan.rate(method, top_k, plan.budgets[max(0, place - 1)])
-    rows = [r for r in plan.rows.values() if r["kind"] == "train" and r["lr"] == rate]
-    wanted = (method, top_k, budget)
-    rows = [r for r in rows if (r["method"], r["top_k"], r["budget"]) == wanted]
-    return [row["loss"] for row in rows if row["loss"] is not None]
+        return [_whole(row) for row in rows if row["experts"] == plan.experts]
+    rate, first = plan.rate(method, top_k, budget), plan.scored(method, top_k, budget)
+    if rate is None or first is None:
+        return []
+    wanted = ("train", method, plan.experts, top_k)
+    others = [plan.rows.get((*wanted, seed, budget, rate)) for seed in plan.seeds[1:]]
+    return [first, *(_whole(row) for row in others if row and row["halves"])]
+
+
+def _whole(row: dict[str, Any]) -> float:
+    """The mean of both halves of the held-out documents."""
+    return sum(row["halves"]) / 2
 
 
 def _figure(losses: list[float], plan: Plan) -> str:
