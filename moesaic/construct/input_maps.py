@@ -18,14 +18,19 @@ from moesaic.construct.free.ridge import regress
 
 __all__ = ["fit_map", "fold", "fold_experts"]
 
-_STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+_LOOKED_AT = 1 << 27
+"""Numbers of one stream."""
+_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)
 
 
 def fit_map(given_TD: torch.Tensor, wanted_TD: torch.Tensor, held_T: torch.Tensor) -> torch.Tensor:
     """The map [D, D] from what is given to what is wanted, shrunk towards the identity.
 
     `held_T` are the tokens that choose the strength; where none helps there, the identity returns.
+    Of many tokens the first are looked at, at least 8 times D.
     """
+    most = max(_LOOKED_AT // given_TD.shape[1], 8 * given_TD.shape[1])
+    given_TD, wanted_TD, held_T = (whole[:most] for whole in (given_TD, wanted_TD, held_T))
     identity_DD = torch.eye(given_TD.shape[1], device=given_TD.device)
     found = regress(given_TD, wanted_TD, held_T, start_PQ=identity_DD, strengths=_STRENGTHS)
     return found.weights_PQ

@@ -165,13 +165,13 @@ class LayerMaker:
                         held_T=view.held_T,
                         dtype=self.dtype,
                     )
-                    neurons_TF = made.fold(view, gate_PD, up_PD)
+                    neurons_TF = made.fold(view, gate_PD, up_PD, weights_TE)
                 down_PD = self._refit(
                     self.refit, view, made, neurons_TF, weights_TE, own_TD, full_TD
                 )
             last = stages["refit"] = replace(last, gate_PD=gate_PD, up_PD=up_PD, down_PD=down_PD)
             errors["refit"] = made.error(neurons_TF, weights_TE, own_TD, view.held_T)
-            made.judge_refit(neurons_TF, own_TD)
+            made.judge_refit(view, own_TD)
         del full_TD
         last.others = seen.weights
         if self.refine is None:

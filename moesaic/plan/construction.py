@@ -20,6 +20,10 @@ _ROUNDS = 10
 """Rounds of a split that alternates."""
 _STRENGTHS = 12
 """Ridge strengths that are tried."""
+_MAP_STRENGTHS = 4
+"""Those of an input map."""
+_MAPPED = 1 << 27
+"""Numbers of a stream that a map looks at."""
 _SPLIT_TOKENS = 65_536
 """Tokens that a split and a router look at."""
 _PRICED_TOKENS = 16_384
@@ -70,6 +74,8 @@ class Construction:
     router_sees: Literal["nothing", "weights", "text"]
     refit: bool
     attention_refit: bool
+    maps: bool
+    """What weights read is mapped, from the second layer on."""
     refine: tuple[float, int, int | None, bool] | None
     """Passes of a layer-wise distillation over the tokens, tokens of a step, layers ahead (None:
     all), and whether predictions count.
@@ -113,6 +119,16 @@ class Construction:
         if self.attention_refit:  # on what the streams met anyway
             ridge = _Ridge(D, D, _STRENGTHS)
             yield Stage("attention refit", L * (6 * T * D * D + ridge.trials), L * ridge.double)
+        if self.maps:
+            # one map for gate and up before the split, one for attention, one of every expert on
+            # its tokens; then the neurons once more
+            ridge, shared = _Ridge(D, D, _MAP_STRENGTHS), 1 + self.attention_refit
+            seen = min(T, max(_MAPPED // D, 8 * D))
+            fits = 4 * D * D * (seen * shared + min(T * self.active * E, E * seen))
+            folded = 2 * (4 * D * F + self.attention) * D + (shared + E) * ridge.trials
+            products = fits + folded + 2 * T * D * D + 4 * T * D * F * self.active
+            double, moved = (shared + E) * ridge.double, 3 * T * F * 4
+            yield Stage("maps", (L - 1) * products, (L - 1) * double, (L - 1) * moved)
         if self.refine is not None:
             passes, batch, ahead, predicts = self.refine
             frozen = [later if ahead is None else min(ahead, later) for later in range(L)]
@@ -135,7 +151,13 @@ class Construction:
         """
         tokens = min(self.tokens, _PRICED_TOKENS)
         few = replace(
-            self, tokens=tokens, refit=False, attention_refit=False, refine=None, priced=0
+            self,
+            tokens=tokens,
+            refit=False,
+            attention_refit=False,
+            maps=False,
+            refine=None,
+            priced=0,
         )
         parts = [stage for stage in few.stages() if stage.name != "write"]
         measured = self.layers * self.priced * tokens / 8
@@ -189,7 +211,8 @@ class Construction:
             at["router"] = {**layer, "energies, inputs, factors": inputs}
         if self.refit:
             gram = 3 * F * F * 4 + 3 * F * F * 8 + 3 * F * D * 8
-            at["refit"] = {**layer, "moments and a factor": gram}
+            again = {"mapped neurons": T * F * 4} if self.maps else {}
+            at["refit"] = {**layer, **again, "moments and a factor": gram}
         if self.refine is not None:
             _, batch, ahead, predicts = self.refine
             frozen = self.layers - 1 if ahead is None else min(ahead, self.layers - 1)

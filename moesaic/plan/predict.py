@@ -206,6 +206,7 @@ def _construct(
         router_sees=_sees(ROUTERS, recipe.router),
         refit=recipe.refit is not None,
         attention_refit=recipe.attention is not None,
+        maps=recipe.maps and recipe.refit is not None,
         refine=_refined(recipe, machine),
         active=(recipe.top_k - recipe.shared) / (recipe.experts - recipe.shared),
         tokens=recipe.tokens,

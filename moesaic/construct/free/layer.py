@@ -6,6 +6,7 @@ the layer's experts (shared ones last; a neuron of two experts counts twice).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -22,6 +23,7 @@ from moesaic.models.gates import TopKBalancedNoisyGate
 __all__ = ["ConvertedLayer"]
 
 _PART = 8192
+_FEW = 2048
 
 
 @dataclass
@@ -40,6 +42,8 @@ class ConvertedLayer:
     down_bias_D: torch.Tensor | None = None
     refit_PD: torch.Tensor | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+    _neurons: Callable[[torch.Tensor, slice], torch.Tensor] | None = None
+    """Some of the experts' neurons of any tokens, after `fold`."""
 
     @cached_property
     def order_P(self) -> torch.Tensor:
@@ -65,17 +69,31 @@ class ConvertedLayer:
         return torch.cat([made_TE, x_TD.new_ones(len(x_TD), 1)], dim=1)
 
     @torch.inference_mode()
-    def fold(self, view: LayerView, gate_PD: torch.Tensor, up_PD: torch.Tensor) -> torch.Tensor:
-        """Give the experts gate and up rows of their own, in their order; returns their neurons."""
+    def fold(
+        self, view: LayerView, gate_PD: torch.Tensor, up_PD: torch.Tensor, weights_TE: torch.Tensor
+    ) -> torch.Tensor:
+        """Give the experts gate and up rows of their own, in their order; returns their neurons.
+
+        Neurons of experts that a token does not use stay zero.
+        """
         gate_bias_P, up_bias_P = (
             None if bias_F is None else bias_F[self.order_P]
             for bias_F in (view.gate_bias_F, view.up_bias_F)
         )
-        made_TP = view.x_TD.new_empty(len(view.x_TD), len(gate_PD))
-        for x_TD, out_TP in zip(view.x_TD.split(_PART), made_TP.split(_PART), strict=True):
-            gate_TP = view.activation(functional.linear(x_TD, gate_PD, gate_bias_P))
-            torch.mul(gate_TP, functional.linear(x_TD, up_PD, up_bias_P), out=out_TP)
         self.order_P = torch.arange(len(gate_PD), device=gate_PD.device)
+
+        def neurons(x_TD: torch.Tensor, rows: slice) -> torch.Tensor:
+            gate_b, up_b = (None if b is None else b[rows] for b in (gate_bias_P, up_bias_P))
+            gated = view.activation(functional.linear(x_TD, gate_PD[rows], gate_b))
+            return gated * functional.linear(x_TD, up_PD[rows], up_b)
+
+        self._neurons = neurons
+        made_TP = view.x_TD.new_zeros(len(view.x_TD), len(gate_PD))
+        start = 0
+        for size, weight_T in zip(self.sizes, weights_TE.T, strict=True):
+            rows = slice(start, start := start + size)
+            for used_N in torch.nonzero(weight_T).flatten().split(_PART) if size else ():
+                made_TP[:, rows].index_copy_(0, used_N, neurons(view.x_TD[used_N], rows))
         return made_TP
 
     def features(self, neurons_TF: torch.Tensor, weights_TE: torch.Tensor) -> torch.Tensor:
@@ -123,14 +141,18 @@ class ConvertedLayer:
             "all_on": self._all_on(view.neurons_TF, own_TD),
         }
 
-    def judge_refit(self, neurons_TF: torch.Tensor, own_TD: torch.Tensor) -> None:
+    @torch.inference_mode()
+    def judge_refit(self, view: LayerView, own_TD: torch.Tensor) -> None:
         """Record what the refit did to the all-experts-on difference."""
+        neurons_TF = view.neurons_TF[:_FEW]
+        if self._neurons is not None:
+            neurons_TF = self._neurons(view.x_TD[:_FEW], slice(None))
         self.facts["all_on_refit"] = self._all_on(neurons_TF, own_TD)
 
     def _all_on(self, neurons_TF: torch.Tensor, own_TD: torch.Tensor) -> float:
-        few = slice(0, min(2048, len(own_TD)))
-        ones_TE = own_TD.new_ones(len(own_TD[few]), len(self.sizes))
-        return float((self.forward(neurons_TF[few], ones_TE) - own_TD[few]).abs().max())
+        own_TD = own_TD[:_FEW]
+        ones_TE = own_TD.new_ones(len(own_TD), len(self.sizes))
+        return float((self.forward(neurons_TF[:_FEW], ones_TE) - own_TD).abs().max())
 
     @torch.inference_mode()
     def error(
