@@ -23,10 +23,11 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from moesaic.training.balance import set_balance_coefficient
 from moesaic.training.config import OptimizerConfig, ScheduleConfig
 from moesaic.training.optimizer import Optimizer
 from moesaic.training.schedule import Schedule
-from moesaic.training.step import UpdateResult, build_pass, run_update, set_balance_coefficient
+from moesaic.training.step import UpdateResult, build_pass, run_update
 
 DOMAINS = ("arxiv", "books", "c4", "commoncrawl", "github")
 DOMAINS += ("simple_english", "stackexchange", "wikipedia")

@@ -1,6 +1,7 @@
 """Losses on router logits that several families share.
 
 logits_TE   router logits of one layer: T = batch x sequence tokens, E experts
+probs_TE    what the router makes of them, of sum 1 in each row
 ids_TK      the K experts really chosen for each
 valid_T     bool, which tokens count (not padding); None: all
 """
@@ -18,6 +19,7 @@ __all__ = [
     "layer_balance",
     "pooled_balance",
     "router_z_loss",
+    "share_balance",
     "share_of_step",
     "sum_losses",
     "valid_tokens",
@@ -59,7 +61,10 @@ def pooled_balance(
     f_e: choices of expert e per row (K in all), p_e: mean probability; both without padding. K for
     perfect balance. As transformers' `load_balancing_loss_func`, but of the experts really chosen.
     """
-    totals = [_totals(*layer, valid_T, groups=1) for layer in zip(logits, ids, strict=True)]
+    totals = [
+        _totals(logits_TE.softmax(-1, dtype=torch.float32), ids_TK, valid_T, groups=1)
+        for logits_TE, ids_TK in zip(logits, ids, strict=True)
+    ]
     load_E, sums_E, rows = (
         torch.stack([total[0].to(logits[0].device) for total in kind]).sum(0)
         for kind in zip(*totals, strict=True)
@@ -74,22 +79,37 @@ def layer_balance(
     *,
     groups: int = 1,
 ) -> torch.Tensor:
+    """Return `share_balance` of one layer with a softmax router.
+
+    With one group a sequence it is DeepSeek's sequence-wise loss.
+    """
+    probs_TE = logits_TE.softmax(-1, dtype=torch.float32)
+    return share_balance(probs_TE, ids_TK, valid_T, groups=groups)
+
+
+def share_balance(
+    probs_TE: torch.Tensor,
+    ids_TK: torch.Tensor,
+    valid_T: torch.Tensor | None = None,
+    *,
+    groups: int = 1,
+) -> torch.Tensor:
     """Return E * sum_e f_e p_e of one layer, the mean over `groups` equal parts of the rows.
 
-    f_e: share of the choices that went to expert e, p_e: mean probability; both without padding. 1
-    for perfect balance. With one group a sequence it is DeepSeek's sequence-wise loss.
+    f_e: share of the choices that went to expert e, p_e: mean of `probs_TE`; both without padding.
+    1 for perfect balance. With one group a sequence and sigmoids brought to sum 1 it is
+    DeepSeek-V3's loss (arXiv 2412.19437, equations 17 to 20) without its factor.
     """
-    load_GE, sums_GE, count_G1 = _totals(logits_TE, ids_TK, valid_T, groups=groups)
+    load_GE, sums_GE, count_G1 = _totals(probs_TE, ids_TK, valid_T, groups=groups)
     count_G1 = count_G1.clamp_min(1)  # a sequence of padding alone adds nothing
     share_GE = load_GE / (count_G1 * ids_TK.shape[-1])
     return load_GE.shape[1] * (share_GE * (sums_GE / count_G1)).sum(-1).mean()
 
 
 def _totals(
-    logits_TE: torch.Tensor, ids_TK: torch.Tensor, valid_T: torch.Tensor | None, *, groups: int
+    probs_TE: torch.Tensor, ids_TK: torch.Tensor, valid_T: torch.Tensor | None, *, groups: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Choices and summed probabilities [G, E], and rows [G, 1], of G groups of rows."""
-    probs_TE = logits_TE.softmax(-1, dtype=torch.float32)
     chosen_TE = torch.zeros_like(probs_TE).scatter(1, ids_TK, 1.0)
     counted_T1 = probs_TE.new_ones(len(probs_TE), 1)
     if valid_T is not None:

@@ -135,10 +135,15 @@ class ScheduleConfig(Config):
 
 
 class BalanceConfig(Config):
-    """The loss that keeps expert load even: averaged over an update's passes, never summed."""
+    """What keeps expert load even. The loss is averaged over an update's passes, never summed."""
 
-    coefficient: float | None = Field(default=None, ge=0)
-    """Weight of the balance loss; None: the model's own."""
+    coefficient: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    """Weight of the balance loss; None: the model's own. Where the model's class computes no loss,
+    one is made of its routers' scores, by default with what the config names (`aux_loss_alpha`),
+    else 1e-3, or 1e-4 where a bias is moved."""
+    bias_rate: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    """Step of the routers' correction bias after each update, up where an expert got less than the
+    mean, else down; None: 1e-3 for models that have the bias (DeepSeek-V3, GLM-4-MoE); 0: off."""
 
 
 class LogConfig(Config):
@@ -211,7 +216,7 @@ class TrainConfig(Config):
     schedule: ScheduleConfig = ScheduleConfig()
     """The learning rate over time."""
     balance: BalanceConfig = BalanceConfig()
-    """The balance loss."""
+    """What keeps expert load even."""
     precision: Literal["auto", "fp32", "mixed", "bf16"] = "auto"
     """fp32; `mixed`: fp32 weights, bf16 autocast; `bf16`: bf16 weights, fp32 master copies in the
     optimizer. `auto`: `mixed` on a GPU (on small models the casts cost less than a second copy of

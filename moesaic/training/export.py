@@ -20,6 +20,7 @@ from moesaic.core.lineage import FILE_NAME as LINEAGE
 from moesaic.core.lineage import read_lineage, write_lineage
 from moesaic.models.save import save
 from moesaic.training import state
+from moesaic.training.balance import correction_biases
 
 if TYPE_CHECKING:
     from moesaic.training.config import TrainConfig
@@ -84,7 +85,11 @@ def _write(run: Run, partial: Path) -> None:
         dtype = _dtype(run)
         # In place: the run is over and its fp32 state is saved, so no second copy is held.
         model: Any = run.model
-        save(model.to(dtype), partial)
+        biases = [(bias, bias.data) for bias in correction_biases(model)]
+        model.to(dtype)
+        for bias, exact in biases:
+            bias.data = exact
+        save(model, partial)
         if run.tokenizer is not None:
             run.tokenizer.save_pretrained(partial)
         write_lineage(

@@ -29,10 +29,11 @@ from moesaic.core.files import write_text
 from moesaic.data.dynamic import reference_losses, update_weights
 from moesaic.recipes import find
 from moesaic.training import batches, export, setup, state
+from moesaic.training.balance import choose_balance
 from moesaic.training.config import TrainConfig
 from moesaic.training.optimizer import Optimizer
 from moesaic.training.schedule import Schedule
-from moesaic.training.step import PassOutput, build_pass, run_update, set_balance_coefficient
+from moesaic.training.step import PassOutput, build_pass, run_update
 from moesaic.training.telemetry import LOG_NAME, Clock, Log, Window, peak_flops
 
 CONFIG_NAME = "train.yaml"
@@ -95,7 +96,7 @@ def plan(config: TrainConfig) -> dict[str, Any]:
     precision = setup.precision(config.precision, where)
     model = setup.empty_model(config)
     setup.configure_kernels(config, model, where, precision)
-    set_balance_coefficient(model, config.balance.coefficient)
+    balance = choose_balance(model, config.balance)
     parameters, active = setup.count_parameters(model)
     tokenizer = setup.tokenizer(config)
     setup.check_vocabulary(tokenizer, model)
@@ -107,6 +108,7 @@ def plan(config: TrainConfig) -> dict[str, Any]:
         "architecture": type(model).__name__,
         "parameters": parameters,
         "active_parameters": active,
+        "balance": str(balance),
         "device": str(where),
         "precision": precision,
         "updates": config.total_steps,
@@ -169,7 +171,7 @@ class Run:
         self.source_dtype = setup.source_dtype(config)
         self.tokenizer = setup.tokenizer(config)
         setup.check_vocabulary(self.tokenizer, self.model)
-        self.coefficient = set_balance_coefficient(self.model, config.balance.coefficient)
+        self.balance = choose_balance(self.model, config.balance)
         self.parameters, self.active = setup.count_parameters(self.model)
         self.data = setup.open_data(config, self.tokenizer)
         self.weights = dict(self.data.stream.weights)
@@ -177,7 +179,7 @@ class Run:
         self.schedule = Schedule(
             config.schedule, peak=config.optimizer.lr, total=config.total_steps
         )
-        run_pass = build_pass(self.model)
+        run_pass = build_pass(self.model, self.balance)
         self.run_pass: Callable[[torch.Tensor], PassOutput] = (
             torch.compile(run_pass) if config.compile else run_pass
         )
@@ -253,7 +255,13 @@ class Run:
         rate = self.schedule.apply(self.optimizer.inner, self.step)
         ids_ABT = batch.ids_ABT.to(self.device, non_blocking=True)
         with self._watched():
-            result = run_update(self.run_pass, self.optimizer, ids_ABT, autocast=self._autocast())
+            result = run_update(
+                self.run_pass,
+                self.optimizer,
+                ids_ABT,
+                autocast=self._autocast(),
+                balance=self.balance,
+            )
         self.step += 1
         self.drawn.update(batch.domains)
         self.window.add(self.step, result.values, result.routing)
@@ -381,8 +389,8 @@ class Run:
             f"{config.total_steps} updates of {config.tokens_per_step:,} tokens; "
             f"{self.precision} on {where}"
         )
-        if self.coefficient is not None:
-            note(f"balance loss: coefficient {self.coefficient:g}, averaged over forward passes")
+        if self.balance.kind is not None:
+            note(str(self.balance))
 
 
 @contextmanager

@@ -13,17 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moesaic.core.errors import UserError
 from moesaic.models.selects import selects_of
+from moesaic.training.balance import Balance, choose_balance
 from moesaic.training.optimizer import Optimizer
-
-BalanceKind = Literal["llama_moe", "native"]
 
 
 class PassOutput(NamedTuple):
@@ -42,61 +40,41 @@ class UpdateResult(NamedTuple):
     routing: dict[str, torch.Tensor]
 
 
-def balance_kind(model: nn.Module) -> BalanceKind | None:
-    """Say who computes the model's balance loss: our LlamaMoE, transformers, or nobody."""
-    config: Any = model.config
-    if hasattr(config, "gate_balance_loss_weight"):
-        return "llama_moe"
-    if hasattr(config, "router_aux_loss_coef"):
-        return "native"
-    return None
+def build_pass(
+    model: nn.Module, balance: Balance | None = None
+) -> Callable[[torch.Tensor], PassOutput]:
+    """Return the function from ids_BT to one pass's outputs; torch.compile may take it.
 
-
-def set_balance_coefficient(model: nn.Module, coefficient: float | None) -> float | None:
-    """Set the weight of the balance loss and return the one in force (None: there is no such loss).
-
-    Raises UserError when a coefficient is asked for and the model has no balance loss to weigh.
+    `balance` None: as the model wants to be balanced by default.
     """
-    kind = balance_kind(model)
+    balance = balance or choose_balance(model)
+    kind, observer = balance.kind, balance.observer
     config: Any = model.config
-    if kind is None:
-        if coefficient:
-            raise UserError(
-                f"balance.coefficient={coefficient} has no effect: {type(model).__name__} has no "
-                "balance loss. Leave it out."
-            )
-        return None
-    if kind == "llama_moe":
-        if coefficient is not None:
-            model.set_moe_gate_balance_loss_weight(coefficient)  # type: ignore[operator]
-        return float(config.gate_balance_loss_weight)
-    if coefficient is not None:
-        config.router_aux_loss_coef = coefficient
-    return float(config.router_aux_loss_coef)
-
-
-def build_pass(model: nn.Module) -> Callable[[torch.Tensor], PassOutput]:
-    """Return the function from ids_BT to one pass's outputs; torch.compile may take it."""
-    kind = balance_kind(model)
-    config: Any = model.config
-    coefficient = float(config.router_aux_loss_coef) if kind == "native" else 1.0
+    coefficient = float(balance.coefficient or 0.0)
     # Asking for router logits costs memory and makes the model add its own loss: only where needed.
     extra = {"output_router_logits": True} if kind == "native" and coefficient > 0 else {}
 
     def run(ids_BT: torch.Tensor) -> PassOutput:
+        if observer is not None:
+            observer.start()
         outputs = model(input_ids=ids_BT, use_cache=False, **extra)
         logits_NV = outputs.logits[:, :-1].flatten(0, 1).float()
         cross_entropy = F.cross_entropy(logits_NV, ids_BT[:, 1:].flatten(), reduction="sum")
-        balance, load, importance = None, None, None
+        loss, load, importance = None, None, None
         if kind == "llama_moe":
-            balance = outputs.balance_loss
+            loss = outputs.balance_loss
             load, importance = _stack(outputs.gate_load), _stack(outputs.gate_importance)
         elif extra:
-            balance = outputs.aux_loss * coefficient
+            loss = outputs.aux_loss * coefficient
             if (attention := outputs.get("attn_aux_loss")) is not None:  # attention's own routers
-                balance = balance + attention * coefficient
+                loss = loss + attention * coefficient
             load, importance = _native_counts(outputs.router_logits, config)
-        return PassOutput(cross_entropy, balance, load, importance)
+        if observer is not None:
+            observed = observer.read(observer.stop(), len(ids_BT))
+            load, importance = observed.load_LE, observed.importance_LE
+            if kind == "observed" and coefficient > 0:
+                loss = observed.loss * coefficient
+        return PassOutput(cross_entropy, loss, load, importance)
 
     return run
 
@@ -107,10 +85,16 @@ def run_update(
     ids_ABT: torch.Tensor,
     *,
     autocast: AbstractContextManager[Any] | None = None,
+    balance: Balance | None = None,
 ) -> UpdateResult:
-    """Compute gradients over all passes of `ids_ABT`, update the weights, return what to report."""
+    """Compute gradients over all passes of `ids_ABT`, update the weights, return what to report.
+
+    With `balance`, the biases that it moves are moved by the load of all passes.
+    """
     result = accumulate(run_pass, ids_ABT, autocast=autocast)
     result.values["grad_norm"] = optimizer.step()
+    if balance is not None and balance.rate:
+        balance.move_biases(result.routing["load"])
     return result
 
 

@@ -10,7 +10,8 @@ from moesaic.core.errors import UserError
 from moesaic.models.balance import layer_balance, pooled_balance
 from moesaic.models.families.deepseek_moe import DeepseekConfig, DeepseekForCausalLM
 from moesaic.models.families.xverse_moe import XverseConfig, XverseForCausalLM
-from moesaic.training.step import build_pass, set_balance_coefficient
+from moesaic.training.balance import set_balance_coefficient
+from moesaic.training.step import build_pass
 
 SMALL = {
     "vocab_size": 96,

@@ -2,16 +2,11 @@ import pytest
 import torch
 
 from moesaic.core.errors import UserError
+from moesaic.training.balance import balance_kind, set_balance_coefficient
 from moesaic.training.config import OptimizerConfig
 from moesaic.training.optimizer import Optimizer, is_router
 from moesaic.training.setup import recompute_activations
-from moesaic.training.step import (
-    accumulate,
-    balance_kind,
-    build_pass,
-    run_update,
-    set_balance_coefficient,
-)
+from moesaic.training.step import accumulate, build_pass, run_update
 from tests.training import models
 
 T = 12
