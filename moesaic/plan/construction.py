@@ -126,9 +126,9 @@ class Construction:
             seen = min(T, max(_MAPPED // D, 8 * D))
             fits = 4 * D * D * (seen * shared + min(T * self.active * E, E * seen))
             folded = 2 * (4 * D * F + self.attention) * D + (shared + E) * ridge.trials
-            products = fits + folded + 2 * T * D * D + 4 * T * D * F * self.active
+            operations = fits + folded + 2 * T * D * D + 4 * T * D * F * self.active
             double, moved = (shared + E) * ridge.double, 3 * T * F * 4
-            yield Stage("maps", (L - 1) * products, (L - 1) * double, (L - 1) * moved)
+            yield Stage("maps", (L - 1) * operations, (L - 1) * double, (L - 1) * moved)
         if self.refine is not None:
             passes, batch, ahead, predicts = self.refine
             frozen = [later if ahead is None else min(ahead, later) for later in range(L)]

@@ -164,7 +164,8 @@ def test_the_last_norm_is_scaled_towards_the_dense_stream(kind, dense, tmp_path)
 def test_a_map_is_folded_into_what_reads_it():
     generator = torch.Generator().manual_seed(0)
     wanted = torch.randn(4096, 6, generator=generator)
-    given = wanted @ torch.randn(6, 6, generator=generator)  # the map is its inverse
+    turn = torch.linalg.qr(torch.randn(6, 6, generator=generator)).Q
+    given = wanted @ turn  # the map is its inverse
     weight = torch.randn(5, 6, generator=generator)
     held = torch.arange(4096) % 8 == 7
     folded = fold(weight, fit_map(given, wanted, held), torch.float32)
