@@ -40,14 +40,38 @@ prints the resolved config, the sizes, and how often each domain will be read.
   safetensors and JSON are written. A changed setting that would change the losses is refused;
   `--no-resume` starts again.
 - **The balance loss does not depend on accumulation.** Cross-entropy is weighted by tokens over
-  the whole update; the balance loss is averaged over its forward passes. A coefficient on a model
-  that has no balance loss is an error.
+  the whole update; the balance loss is averaged over its forward passes. A setting that would have
+  no effect on the model is an error.
 - **Domains do not end the run.** A domain that has been read to its end is shuffled anew and read
   again; `epochs` in the log says how often. `data.max_epochs` makes it an error instead.
 - **The schedule** is linear warm-up, then a cosine cut off at the floor; past the end it stays
   there.
 - **A loss or gradient that is not finite stops the run**, naming the update; states saved before
   it are sound.
+
+## What balances a model
+
+A mixture that nothing balances soon sends its tokens to a few experts. One line at the start says
+what is done about it, or why nothing is; `--dry-run` says it too.
+
+| model | loss | bias |
+| --- | --- | --- |
+| its class computes a balance loss (Mixtral, Qwen-MoE, OLMoE, LLaMA-MoE, JetMoE, ...) | the model's own | |
+| its class computes none (DeepSeek-V2, HunYuan, Cohere2-MoE, ...) | on observed scores, coefficient 1e-3 | |
+| ... and its routers have a correction bias (DeepSeek-V3, GLM-4-MoE, Dots, Kimi-Linear, ...) | on observed scores, coefficient 1e-4 | moves by 1e-3 |
+| both a loss and a bias (Ernie 4.5, MiniMax-M2) | the model's own | moves by 1e-3 |
+
+- **On observed scores**: the routers are listened to, and for each sequence and layer of E experts
+  the loss is E x sum of (share of the choices an expert got) x (its mean score), with the router's
+  own scores (softmax, sigmoid) brought to sum 1; 1 is even. Layers are summed, sequences averaged
+  (DeepSeek-V3, section 2.1.2). How a sequence meets others in a forward pass does not matter.
+  `balance.coefficient` weighs it; a config that names one (`aux_loss_alpha`) sets the default. One
+  pass over 16 tokens at the start tells the score function.
+- **The bias** is added to the scores when experts are chosen and nowhere else. After each update
+  it moves by `balance.bias_rate`, up where an expert got less than the mean of its layer in all
+  passes of the update, else down. It is kept and saved in float32 whatever the weights are.
+
+Set `balance.coefficient: 0` and `balance.bias_rate: 0` to train without.
 
 ## What the log says
 

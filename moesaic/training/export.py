@@ -85,9 +85,9 @@ def _write(run: Run, partial: Path) -> None:
         dtype = _dtype(run)
         # In place: the run is over and its fp32 state is saved, so no second copy is held.
         model: Any = run.model
-        biases = [(bias, bias.data) for bias in correction_biases(model)]
-        model.to(dtype)
-        for bias, exact in biases:
+        biases = [bias.clone() for bias in correction_biases(model)]
+        model.to(dtype)  # makes new buffers
+        for bias, exact in zip(correction_biases(model), biases, strict=True):
             bias.data = exact
         save(model, partial)
         if run.tokenizer is not None:

@@ -179,7 +179,7 @@ def _apart(name: str, site: Site, choice: Choice) -> float:
     logits_TE, weights_TK = choice.logits.float(), choice.weights.float()
     scale_E = getattr(site.router, "per_expert_scale", None)  # Gemma's, on the weights
     if isinstance(scale_E, torch.Tensor):
-        weights_TK = weights_TK / scale_E.float()[choice.ids]
+        weights_TK = weights_TK / scale_E.detach().float()[choice.ids]
     scores_TE = SCORES[name](logits_TE)
     if bool((scores_TE < 0).any()):
         return math.inf
