@@ -174,7 +174,7 @@ def model(tmp_path_factory):
 
 def _facts(model, **refine):
     given = {"experts": 4, "top_k": 2, "context": 32, "tokens": 2048, "device": "cpu"}
-    refine = {"method": "layerwise", "passes": 1, "batch": 128, **refine}
+    refine = {"method": "layerwise", "passes": 1, "batch": 128, "ahead": None, **refine}
     settings = Recipe(data=str(model / "text.txt"), refine=refine, **given)
     return [layer.facts["refine"] for layer in run(model / "model", settings).layers]
 

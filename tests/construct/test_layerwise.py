@@ -81,7 +81,7 @@ def test_it_beats_the_closed_form_on_text_that_was_not_seen(trained, tmp_path):
 
 
 def test_attention_and_norms_are_trained_in_their_stage_alone(trained, tmp_path):
-    refine = {"method": "layerwise", "passes": 1, "batch": 256}
+    refine = {"method": "layerwise", "passes": 3, "batch": 256, "learning_rate": 2e-4}
     settings = _recipe(trained, tokens=4096, refine=refine, maps=False)
     run(trained / "model", settings, folder=tmp_path)
     dense, refit, refined = (
@@ -103,7 +103,7 @@ def test_every_family_comes_nearer_on_text_that_was_not_seen(kind, tmp_path):
     write_text_tokenizer(tmp_path / "model")
     text = _text()
     (tmp_path / "train.txt").write_text(text[:24_000])
-    refine = {"method": "layerwise", "passes": 4, "batch": 96, "learning_rate": 5e-4}
+    refine = {"method": "layerwise", "passes": 4, "batch": 96, "learning_rate": 5e-4, "ahead": None}
     fields = {"experts": 8, "context": 24, "tokens": 3072, "refine": refine}
     made = run(tmp_path / "model", _recipe(tmp_path, **fields), folder=tmp_path)
     # the streams that the recipe measured are those of the file
@@ -115,11 +115,10 @@ def test_every_family_comes_nearer_on_text_that_was_not_seen(kind, tmp_path):
     # and so are the predictions, here on the rows that were held back
     kl = _divergence(tmp_path, "refine", rows[7::8])
     assert kl == pytest.approx(made.layers[-1].facts["refine"]["kl_after"], rel=1e-2)
-    # and on other text the last of them is nearer to the dense model's than the closed form's
+    # and on other text these are nearer to the dense model's than the closed form's
     unseen = torch.tensor([LETTERS.index(letter) for letter in text[-2400:]]).view(100, 24)
-    closed, refined = (_drift(tmp_path, name, unseen) for name in ("refit", "refine"))
-    # Gemma 2's random weights saturate its capped scores, which leaves little to learn from
-    assert refined < (1.0 if kind == "gemma2" else 0.95) * closed
+    closed, refined = (_divergence(tmp_path, name, unseen) for name in ("refit", "refine"))
+    assert refined < 0.95 * closed  # measured: 0.81 to 0.92
 
 
 def _drift(folder, stage, rows_BC):
@@ -224,7 +223,7 @@ def test_masked_experts_are_the_sorted_ones(biased):
 def test_a_cpu_does_less_unless_it_is_told(biased):
     given = Distillation(batch=512)
     on_cpu, on_gpu = (given.on(torch.device(kind)) for kind in ("cpu", "cuda"))
-    assert (on_cpu.passes, on_cpu.ahead, on_cpu.batch) == (1, None, 512)
+    assert (on_cpu.passes, on_cpu.ahead, on_cpu.batch) == (1, 1, 512)
     assert on_gpu == given
 
 

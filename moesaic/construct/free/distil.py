@@ -27,8 +27,8 @@ __all__ = ["Distillation", "Target", "distil"]
 
 
 class Distillation(Config):
-    """Settings of `refine: layerwise`; on a CPU, `passes` and `batch` are 1 and 2048 where they
-    are not given.
+    """Settings of `refine: layerwise`; on a CPU, `passes`, `ahead` and `batch` are 1, 1 and 1024
+    where they are not given.
     """
 
     passes: float = Field(default=6.0, gt=0)
@@ -50,7 +50,7 @@ class Distillation(Config):
         return self.model_copy(update=rest)
 
 
-_ON_CPU = {"passes": 1.0, "batch": 2048}
+_ON_CPU = {"passes": 1.0, "ahead": 1, "batch": 1024}
 
 
 @dataclass(frozen=True)
