@@ -138,8 +138,10 @@ def choose_balance(model: nn.Module, config: BalanceConfig | None = None) -> Bal
     elif config.coefficient is not None:
         coefficient = config.coefficient
     else:
-        coefficient = _wish(model, _ALONE if not biases else _WITH_BIAS)
+        coefficient = _wish(model, _WITH_BIAS if rate else _ALONE)
     chosen = Balance(kind, coefficient, rate=rate, biases=biases)
+    if kind == "llama_moe" and not getattr(model.config, "gate_use_balance", True):
+        return replace(chosen, coefficient=0.0, reason="gate_use_balance is off")
     if (kind != "observed" or not coefficient) and not rate:
         return chosen
     chosen.observer = RouterObserver(model)

@@ -197,7 +197,8 @@ def _random_routers(sites: list[Site], draw: torch.Generator) -> Iterator[None]:
     kept = [(p, p.detach().clone()) for p in weights.values()]
     try:
         for p, _ in kept:
-            p.copy_(torch.randn(p.shape, generator=draw) / math.sqrt(p.shape[-1]))
+            # logits of size 3: around 0 the score functions are much alike
+            p.copy_(torch.randn(p.shape, generator=draw) * (3.0 / math.sqrt(p.shape[-1])))
         yield
     finally:
         for p, before in kept:

@@ -289,6 +289,9 @@ def test_settings_without_effect_are_refused():
     off = choose(models.deepseek_v3(), coefficient=0, bias_rate=0)
     assert off.observer is None
     assert "none, because the coefficient" in str(off)
+    assert choose(models.deepseek_v3(), bias_rate=0).coefficient == 1e-3  # the loss alone
+    unused = models.llama_moe(gate_use_balance=False)
+    assert str(choose_balance(unused)) == "balance: none, because gate_use_balance is off"
     assert choose(models.mixtral(), bias_rate=0).rate == 0
 
 
