@@ -227,7 +227,7 @@ def _wish(model: nn.Module, default: float) -> float:
 
 def _computes_loss(cls: type) -> bool:
     """Whether a class's forward makes an `aux_loss`; many configs have the field all the same."""
-    if cls.__module__.partition(".")[0] == "moesaic":
+    if any(base.__module__.partition(".")[0] == "moesaic" for base in cls.__mro__):
         return True
     code = inspect.unwrap(cls.forward).__code__  # type: ignore[attr-defined]
     return "aux_loss" in code.co_varnames

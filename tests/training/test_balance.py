@@ -281,6 +281,17 @@ def test_the_coefficient_that_a_config_names_is_the_default():
     assert (balance.kind, balance.coefficient) == ("observed", 0.03)
 
 
+def test_a_family_of_another_package_on_our_classes_has_its_own_loss():
+    from moesaic.models.families.xverse_moe import XverseConfig, XverseForCausalLM
+
+    class Acme(XverseForCausalLM):
+        __module__ = "acme"
+
+    shape = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 16}
+    config = XverseConfig(**shape, num_attention_heads=2, num_experts=4, num_experts_per_tok=2)
+    assert choose_balance(Acme(config)).kind == "native"
+
+
 def test_settings_without_effect_are_refused():
     with pytest.raises(UserError, match="MixtralForCausalLM have no correction bias"):
         choose(models.mixtral(), bias_rate=1e-3)
