@@ -3,23 +3,25 @@
 Layers that were converted before have changed what a layer is given. A ridge regression from what a
 weight now reads to what it read in the dense model, W ← W Rᵀ, makes up for part of that and costs
 nothing afterwards. Attention's inputs share one map; every expert has its own, fitted on the tokens
-that choose it.
-Notation: T tokens, D hidden size, E parts of the layer (routed experts, then the shared ones), P
-neurons held by them, map_DD with wanted ≈ given map_DD.
+that choose it. What the head reads is scaled by one number, in the last norm.
+Notation: B rows, C tokens a row, T tokens, D hidden size, E parts of the layer (routed experts,
+then the shared ones), P neurons held by them, map_DD with wanted ≈ given map_DD.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from moesaic.construct.free.ridge import regress
 
-__all__ = ["fit_map", "fold", "fold_experts"]
+__all__ = ["fit_map", "fold", "fold_experts", "scaled_norm"]
 
 _LOOKED_AT = 1 << 27
 """Numbers of one stream."""
+_ROWS = 16
 _STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)
 
 
@@ -66,3 +68,26 @@ def fold_experts(
         gates.append(gate_ID)
         ups.append(up_ID)
     return torch.cat(gates), torch.cat(ups)
+
+
+def scaled_norm(
+    norm: Any, given_BCD: torch.Tensor, wanted_BCD: torch.Tensor
+) -> tuple[float, torch.Tensor | None]:
+    """The factor that brings the normed stream nearest to the dense model's, by least squares, and
+    the norm's weight with it; 1 and None for a norm that does not scale with its weight.
+
+    A stream that has lost something predicts too surely; that makes up for it. `norm` is changed.
+    """
+    both = squares = 0.0
+    for some, wanted in zip(given_BCD.split(_ROWS), wanted_BCD.split(_ROWS), strict=True):
+        normed_BCD = norm(some)
+        both += float((normed_BCD * norm(wanted)).sum())
+        squares += float(normed_BCD.square().sum())
+    factor = both / max(squares, 1e-30)
+    plain_D, few_BCD = norm.weight, given_BCD[:1]
+    aim_BCD = norm(few_BCD) * factor
+    for weight_D in (plain_D * factor, (1 + plain_D) * factor - 1):  # Gemma's norms add one
+        norm.weight = torch.nn.Parameter(weight_D, requires_grad=False)
+        if torch.allclose(norm(few_BCD), aim_BCD, rtol=1e-3, atol=1e-5):
+            return factor, weight_D
+    return 1.0, None

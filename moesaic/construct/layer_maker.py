@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from moesaic.construct.activations import LayerStream
-from moesaic.construct.attention_refit import attend_both
+from moesaic.construct.attention_refit import Attended, attend_both
 from moesaic.construct.choices import RouterChoice, SplitChoice
 from moesaic.construct.dense import DenseModel
 from moesaic.construct.free.block import Fixed, RoutedBlock, dense_block
@@ -27,7 +27,7 @@ from moesaic.construct.free.distil import Distillation, Target, distil
 from moesaic.construct.free.head import Head, head_of
 from moesaic.construct.free.layer import ConvertedLayer
 from moesaic.construct.free.view import LayerView, held_back
-from moesaic.construct.input_maps import fit_map, fold, fold_experts
+from moesaic.construct.input_maps import fit_map, fold, fold_experts, scaled_norm
 from moesaic.construct.method import LayerSplit
 from moesaic.construct.recipe import Recipe
 from moesaic.construct.refit import Refit, RefitInputs
@@ -60,6 +60,23 @@ class MadeLayer:
     router: dict[str, torch.Tensor]
     """Of the last stage, on the CPU."""
     facts: dict[str, Any]
+
+
+@dataclass
+class _Met:
+    """What a layer meets before its feed-forward part is divided; [T, D] but for the neurons."""
+
+    module: Any
+    seen: Attended
+    neurons_TF: torch.Tensor
+    own_TD: torch.Tensor
+    """What the dense layer gives on the converted stream."""
+    full_TD: torch.Tensor
+    """What would bring that stream back to the dense model's."""
+    gate_FD: torch.Tensor
+    """As the dense model has it; `module` holds it mapped, where `mapped`."""
+    up_FD: torch.Tensor
+    mapped: bool
 
 
 class LayerMaker:
@@ -100,65 +117,34 @@ class LayerMaker:
     def layer(self, index: int) -> tuple[MadeLayer, dict[str, LayerWeights]]:
         """Make one layer and move both streams past it; its weights after every stage."""
         with self._timed("streams"):
-            module: Any = self.stream.load(index)
-            mlp = module.mlp
-            seen = attend_both(
-                self.stream,
-                module,
-                self.dense_BCD,
-                self.moe_BCD,
-                blend=self.recipe.attention,
-                maps=self.maps,
-                dtype=self.dtype,
-            )
-            shape = self.moe_BCD.shape
-            dense_out_TD = _in_parts(mlp, seen.dense_normed_TD)
-            dense_TD = self.stream.finish(module, seen.dense_residual_TD, dense_out_TD)
-            self.dense_BCD = dense_TD.view(shape)
-            x_TD = seen.normed_TD
-            gate_FD, up_FD = mlp.gate_proj.weight, mlp.up_proj.weight
-            mapped = self.maps and index > 0
-            if mapped:  # what split and router look at; experts get maps of their own below
-                held_T = held_back(len(x_TD), shape[1]).to(x_TD.device)
-                map_DD = fit_map(x_TD, seen.dense_normed_TD, held_T)
-                for part in (mlp.gate_proj, mlp.up_proj):
-                    folded = fold(part.weight, map_DD, self.dtype)
-                    part.weight = torch.nn.Parameter(folded, requires_grad=False)
-            neurons_TF = _in_parts(
-                lambda x: mlp.act_fn(mlp.gate_proj(x)).mul_(mlp.up_proj(x)), x_TD
-            )
-            own_TD = _in_parts(mlp.down_proj, neurons_TF)
-            # What would bring the stream back to the dense model's. Behind a norm that cannot be
-            # said of the layer's output; there it is what the dense model's layer gives.
-            after_norm = self.stream.output_norms(module)
-            full_TD = dense_out_TD if after_norm else dense_TD - seen.residual_TD
-            del dense_out_TD
+            met = self._meet(index)
+        seen, mlp, own_TD, neurons_TF = met.seen, met.module.mlp, met.own_TD, met.neurons_TF
         view = LayerView.of(
             index,
             mlp,
-            x_TD,
+            seen.normed_TD,
             neurons_TF,
             experts=self.recipe.experts,
             shared=self.recipe.shared,
             top_k=selects_of(self.selects, index),
-            context=shape[1],
+            context=self.moe_BCD.shape[1],
             seed=self.recipe.seed,
         )
         with self._timed("split and router"):
             made = self.divide(view, mlp.down_proj.bias)
-            weights_TE = made.weights(x_TD)
-        gate_PD, up_PD = gate_FD[made.order_P], up_FD[made.order_P]
+            weights_TE = made.weights(seen.normed_TD)
+        gate_PD, up_PD = met.gate_FD[made.order_P], met.up_FD[made.order_P]
         last = LayerWeights(made.parts, made.router, gate_PD, up_PD, made.down_PD, {})
         stages = {"split": last}
         errors = {"split": made.error(neurons_TF, weights_TE, own_TD, view.held_T)}
         made.judge(view, weights_TE, own_TD)
         if self.refit is not None:
             with self._timed("refit"):
-                if mapped:
+                if met.mapped:
                     gate_PD, up_PD = fold_experts(
                         gate_PD,
                         up_PD,
-                        x_TD,
+                        seen.normed_TD,
                         seen.dense_normed_TD,
                         weights_TE,
                         sizes=made.sizes,
@@ -167,26 +153,27 @@ class LayerMaker:
                     )
                     neurons_TF = made.fold(view, gate_PD, up_PD, weights_TE)
                 down_PD = self._refit(
-                    self.refit, view, made, neurons_TF, weights_TE, own_TD, full_TD
+                    self.refit, view, made, neurons_TF, weights_TE, own_TD, met.full_TD
                 )
             last = stages["refit"] = replace(last, gate_PD=gate_PD, up_PD=up_PD, down_PD=down_PD)
             errors["refit"] = made.error(neurons_TF, weights_TE, own_TD, view.held_T)
             made.judge_refit(view, own_TD)
-        del full_TD
+        del met.full_TD
         last.others = seen.weights
         if self.refine is None:
             out_TD = made.forward(neurons_TF, weights_TE)
-            self.moe_BCD = self.stream.finish(module, seen.residual_TD, out_TD).view(shape)
+            moe_TD = self.stream.finish(met.module, seen.residual_TD, out_TD)
         else:
             with self._timed("refine"):
                 last, moe_TD = self._distil(view, made, last, self.refine)
             stages["refine"] = last
             held_T = view.held_T
-            whole_TD = self.stream.finish(module, seen.residual_TD[held_T], own_TD[held_T])
+            whole_TD = self.stream.finish(met.module, seen.residual_TD[held_T], own_TD[held_T])
             rest_TD, added_TD = whole_TD - moe_TD[held_T], whole_TD - seen.residual_TD[held_T]
             errors["refine"] = float(rest_TD.square().sum() / added_TD.square().sum())
-            self.moe_BCD = moe_TD.view(shape)
-        drift = (self.moe_BCD - self.dense_BCD).square_().sum()
+        self.moe_BCD = moe_TD.view_as(self.dense_BCD)
+        dense_TD = self.dense_BCD.flatten(0, 1)
+        drift = (moe_TD - dense_TD).square_().sum()
         spread = (dense_TD - dense_TD.mean(0)).square_().sum()
         made.facts |= {
             "output_error": errors,
@@ -196,33 +183,51 @@ class LayerMaker:
         router = {name: weight.cpu() for name, weight in last.router.items()}
         return MadeLayer(made.parts, router, made.facts), stages
 
+    def _meet(self, index: int) -> _Met:
+        """Move the dense stream past a layer, and the other one to its feed-forward part."""
+        module: Any = self.stream.load(index)
+        mlp = module.mlp
+        seen = attend_both(
+            self.stream,
+            module,
+            self.dense_BCD,
+            self.moe_BCD,
+            blend=self.recipe.attention,
+            maps=self.maps,
+            dtype=self.dtype,
+        )
+        dense_out_TD = _in_parts(mlp, seen.dense_normed_TD)
+        dense_TD = self.stream.finish(module, seen.dense_residual_TD, dense_out_TD)
+        self.dense_BCD = dense_TD.view_as(self.dense_BCD)
+        gate_FD, up_FD = mlp.gate_proj.weight, mlp.up_proj.weight
+        mapped = self.maps and index > 0
+        if mapped:  # what split and router look at; experts get maps of their own
+            held_T = held_back(len(dense_TD), self.dense_BCD.shape[1]).to(dense_TD.device)
+            map_DD = fit_map(seen.normed_TD, seen.dense_normed_TD, held_T)
+            for part in (mlp.gate_proj, mlp.up_proj):
+                folded = fold(part.weight, map_DD, self.dtype)
+                part.weight = torch.nn.Parameter(folded, requires_grad=False)
+        neurons_TF = _in_parts(
+            lambda x: mlp.act_fn(mlp.gate_proj(x)).mul_(mlp.up_proj(x)), seen.normed_TD
+        )
+        own_TD = _in_parts(mlp.down_proj, neurons_TF)
+        # Behind a norm it cannot be said what brings the stream back to the dense model's; there
+        # the target is what the dense model's layer gives.
+        after_norm = self.stream.output_norms(module)
+        full_TD = dense_out_TD if after_norm else dense_TD - seen.residual_TD
+        return _Met(module, seen, neurons_TF, own_TD, full_TD, gate_FD, up_FD, mapped)
+
     @torch.inference_mode()
     def last_norm(self) -> tuple[float, dict[str, torch.Tensor]]:
-        """The factor that brings the normed stream at the end nearest to the dense model's, and the
-        last norm's weight with it, by name; nothing where the norm does not scale with its weight.
+        """The factor of the last norm (`scaled_norm`) and its weight by name, where it changes.
 
-        A stream that has lost something predicts too surely; one number, found by least squares,
-        makes up for that. Where maps are left out, or layers were refined towards the predictions,
-        it is 1.
+        Where maps are left out, or layers were refined towards the predictions, it is 1.
         """
         if not self.maps or self.refine is not None:
             return 1.0, {}
-        norm: Any = self.stream.norm_after(self.dense.layers - 1)
-        both = both_squares = 0.0
-        for some, wanted in zip(
-            self.moe_BCD.split(_ROWS), self.dense_BCD.split(_ROWS), strict=True
-        ):
-            given_BCD, wanted_BCD = norm(some), norm(wanted)
-            both += float((given_BCD * wanted_BCD).sum())
-            both_squares += float(given_BCD.square().sum())
-        factor = both / max(both_squares, 1e-30)
-        plain, few_BCD = norm.weight, self.moe_BCD[:1]
-        aim_BCD = norm(few_BCD) * factor
-        for weight in (plain * factor, (1 + plain) * factor - 1):  # Gemma's norms add one
-            norm.weight = torch.nn.Parameter(weight, requires_grad=False)
-            if torch.allclose(norm(few_BCD), aim_BCD, rtol=1e-3, atol=1e-5):
-                return factor, {self.dense.outer()[1][0]: weight}
-        return 1.0, {}
+        norm = self.stream.norm_after(self.dense.layers - 1)
+        factor, weight_D = scaled_norm(norm, self.moe_BCD, self.dense_BCD)
+        return factor, {} if weight_D is None else {self.dense.outer()[1][0]: weight_D}
 
     def divide(self, view: LayerView, bias_D: torch.Tensor | None) -> ConvertedLayer:
         """The experts and the router of the next layer; `bias_D` is of its down projection."""
@@ -407,6 +412,5 @@ def _in_parts(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor)
 
 
 _PART = 8192
-_ROWS = 16
 _KEPT = 8 << 30
 """Bytes of the dense model's streams that are kept for refining."""
