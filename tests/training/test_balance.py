@@ -174,6 +174,16 @@ def test_a_bias_moves_by_the_sign_of_the_whole_updates_load():
     assert expected_LE.unique().numel() > 1
 
 
+def test_small_steps_of_a_large_bias_are_not_lost_in_bfloat16():
+    model = models.deepseek_v3().to(torch.bfloat16)
+    for bias_E in correction_biases(model):
+        bias_E += 1.0
+    balance = choose(model)
+    balance.move_biases(torch.tensor([[9.0, 1, 1, 1, 1, 1, 1, 1]] * 2))
+    for bias_E in correction_biases(model):
+        torch.testing.assert_close(bias_E, 1 + 1e-3 * torch.tensor([-1.0] + 7 * [1.0]))
+
+
 def test_loads_are_added_up_over_ranks(monkeypatch):
     model = models.deepseek_v3()
     balance = choose(model)
