@@ -17,25 +17,32 @@ import torch
 
 from moesaic.construct.free.ridge import regress
 
-__all__ = ["fit_map", "fold", "fold_experts", "scaled_norm"]
+__all__ = ["MAP_STRENGTHS", "fit_map", "fold", "fold_experts", "looked_at", "scaled_norm"]
 
 _LOOKED_AT = 1 << 27
 """Numbers of one stream."""
 _ROWS = 16
-_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)
+MAP_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)
+"""Ridge strengths tried, in units of the mean diagonal of xᵀx."""
 
 
 def fit_map(given_TD: torch.Tensor, wanted_TD: torch.Tensor, held_T: torch.Tensor) -> torch.Tensor:
     """The map [D, D] from what is given to what is wanted, shrunk towards the identity.
 
     `held_T` are the tokens that choose the strength; where none helps there, the identity returns.
-    Of many tokens the first are looked at, at least 8 times D.
+    Of many tokens the first `looked_at` count.
     """
-    most = max(_LOOKED_AT // given_TD.shape[1], 8 * given_TD.shape[1])
+    hidden = given_TD.shape[1]
+    most = looked_at(hidden)
     given_TD, wanted_TD, held_T = (whole[:most] for whole in (given_TD, wanted_TD, held_T))
-    identity_DD = torch.eye(given_TD.shape[1], device=given_TD.device)
-    found = regress(given_TD, wanted_TD, held_T, start_PQ=identity_DD, strengths=_STRENGTHS)
+    identity_DD = torch.eye(hidden, device=given_TD.device)
+    found = regress(given_TD, wanted_TD, held_T, start_PQ=identity_DD, strengths=MAP_STRENGTHS)
     return found.weights_PQ
+
+
+def looked_at(hidden: int) -> int:
+    """The most tokens that a map of this size is fitted on; at least 8 for each input."""
+    return max(_LOOKED_AT // hidden, 8 * hidden)
 
 
 def fold(weight_PD: torch.Tensor, map_DD: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

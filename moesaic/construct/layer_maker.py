@@ -36,7 +36,7 @@ from moesaic.core.errors import UserError
 from moesaic.models.gates import TopKBalancedNoisyGate
 from moesaic.models.selects import Selects, selects_of
 
-__all__ = ["LayerMaker", "LayerWeights", "MadeLayer"]
+__all__ = ["KEPT", "LayerMaker", "LayerWeights", "MadeLayer"]
 
 
 @dataclass
@@ -362,7 +362,7 @@ class LayerMaker:
             places = min(places, ahead + 1)
         self._later = {place: it for place, it in self._later.items() if place > layer}
         found = [Target(self.dense_BCD, self.stream.norm_after(layer))]
-        room = max(1, _KEPT // (self.dense_BCD.numel() * 4))
+        room = max(1, KEPT // (self.dense_BCD.numel() * 4))
         for later in range(layer + 1, layer + places):
             it = self._later.get(later)
             if it is None:
@@ -412,5 +412,5 @@ def _in_parts(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor)
 
 
 _PART = 8192
-_KEPT = 8 << 30
+KEPT = 8 << 30
 """Bytes of the dense model's streams that are kept for refining."""

@@ -71,7 +71,7 @@ def _rows(source: Source, tokenizer: Any, context: int, *, starts: bool) -> Iter
         buffer += row
         while len(buffer) >= context:
             yield buffer[:context]
-            buffer = [] if starts else buffer[context:]
+            del buffer[: len(buffer) if starts else context]
 
 
 def _delimited(texts: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:

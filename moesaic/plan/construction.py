@@ -12,24 +12,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from moesaic.construct.allot import TOKENS as PRICED_TOKENS
+from moesaic.construct.free.ridge import STRENGTHS
+from moesaic.construct.input_maps import MAP_STRENGTHS, looked_at
+from moesaic.construct.layer_maker import KEPT
 from moesaic.plan.machine import Machine
 
 __all__ = ["Construction", "Stage"]
 
 _ROUNDS = 10
 """Rounds of a split that alternates."""
-_STRENGTHS = 12
-"""Ridge strengths that are tried."""
-_MAP_STRENGTHS = 4
-"""Those of an input map."""
-_MAPPED = 1 << 27
-"""Numbers of a stream that a map looks at."""
 _SPLIT_TOKENS = 65_536
 """Tokens that a split and a router look at."""
-_PRICED_TOKENS = 16_384
-"""Tokens on which experts per layer are chosen; an eighth of them goes through changed models."""
-_KEPT = 8 << 30
-"""Bytes of the dense model's streams that refining keeps."""
 _RUNTIME = 2_500_000_000
 """Bytes of host memory of Python, torch and CUDA's libraries."""
 
@@ -113,17 +107,17 @@ class Construction:
             double = router.factors + router.solutions
             yield Stage("router", L * 2 * few * D * D, L * double, L * 2 * few * F * 4)
         if self.refit:
-            ridge = _Ridge(F, D, _STRENGTHS)
+            ridge = _Ridge(F, D, len(STRENGTHS))
             moments = 2 * T * F * F + 2 * T * F * D + ridge.trials
             yield Stage("refit", L * moments, L * ridge.double, L * 2 * T * F * 4)
         if self.attention_refit:  # on what the streams met anyway
-            ridge = _Ridge(D, D, _STRENGTHS)
+            ridge = _Ridge(D, D, len(STRENGTHS))
             yield Stage("attention refit", L * (6 * T * D * D + ridge.trials), L * ridge.double)
         if self.maps:
             # one map for gate and up before the split, one for attention, one of every expert on
             # its tokens; then the neurons once more
-            ridge, shared = _Ridge(D, D, _MAP_STRENGTHS), 1 + self.attention_refit
-            seen = min(T, max(_MAPPED // D, 8 * D))
+            ridge, shared = _Ridge(D, D, len(MAP_STRENGTHS)), 1 + self.attention_refit
+            seen = min(T, looked_at(D))
             fits = 4 * D * D * (seen * shared + min(T * self.active * E, E * seen))
             folded = 2 * (4 * D * F + self.attention) * D + (shared + E) * ridge.trials
             operations = fits + folded + 2 * T * D * D + 4 * T * D * F * self.active
@@ -149,7 +143,7 @@ class Construction:
         """The work of choosing experts per layer: every layer converted by itself, then the rest of
         the dense model behind it, once for every number.
         """
-        tokens = min(self.tokens, _PRICED_TOKENS)
+        tokens = min(self.tokens, PRICED_TOKENS)
         few = replace(
             self,
             tokens=tokens,
@@ -197,8 +191,8 @@ class Construction:
             layer["layers that are written"] = waiting
         at: dict[str, dict[str, int]] = {}
         if self.priced:
-            streams = self.layers * self.priced * min(T, _PRICED_TOKENS) // 8 * D * 4
-            seen = min(T, _PRICED_TOKENS) * (4 * F + 6 * D) * 4
+            streams = self.layers * self.priced * min(T, PRICED_TOKENS) // 8 * D * 4
+            seen = min(T, PRICED_TOKENS) * (4 * F + 6 * D) * 4
             at["experts per layer"] = {
                 "one layer in float32": one * 4,
                 "streams of changed models": streams,
@@ -216,7 +210,7 @@ class Construction:
         if self.refine is not None:
             _, batch, ahead, predicts = self.refine
             frozen = self.layers - 1 if ahead is None else min(ahead, self.layers - 1)
-            kept = min((1 + frozen) * T * D * 4, _KEPT)
+            kept = min((1 + frozen) * T * D * 4, KEPT)
             # what a step keeps for the way back: inputs of products and of norms
             step = min(batch, T) * (1 + frozen) * (10 * D + 4 * F) * 4
             at["refine"] = {

@@ -29,6 +29,17 @@ def dense(tmp_path_factory):
     return folder
 
 
+def changed_dense(path, change):
+    """A dense model whose layers `change` was given, before it was written."""
+    write_dense(path)
+    write_text_tokenizer(path)
+    model = moesaic.load(path, dtype=torch.float32)
+    with torch.no_grad():
+        change(model.model.layers)
+    model.save_pretrained(path)
+    return path
+
+
 def construct(dense, out, *more, model=None, data=None):
     given = {"experts": 4, "top_k": 2, "context": 32, "tokens": 512, "device": "cpu"}
     sets = [part for key, value in given.items() for part in ("--set", f"{key}={value}")]
@@ -55,14 +66,11 @@ def test_text_too_short_for_the_experts(dense, tmp_path):
 
 def test_experts_that_never_win_are_named(dense, tmp_path):
     # the last expert's neurons give nothing, so that its energy is never among the highest
-    path = tmp_path / "weak"
-    write_dense(path)
-    write_text_tokenizer(path)
-    model = moesaic.load(path, dtype=torch.float32)
-    with torch.no_grad():
-        for number, layer in enumerate(model.model.layers):
+    def weaken(layers):
+        for number, layer in enumerate(layers):
             layer.mlp.down_proj.weight[:, 36 - 12 * number : 48 - 12 * number] *= 1e-3
-    model.save_pretrained(path)
+
+    path = changed_dense(tmp_path / "weak", weaken)
     done = construct(dense, tmp_path / "moe", "--set", "split=sequential", model=path)
     assert done.exit_code == 0, done.stderr
     said = " ".join(done.stderr.split())
@@ -72,13 +80,10 @@ def test_experts_that_never_win_are_named(dense, tmp_path):
 
 
 def test_a_gram_matrix_that_is_not_positive_definite(dense, tmp_path):
-    path = tmp_path / "large"
-    write_dense(path)
-    write_text_tokenizer(path)
-    model = moesaic.load(path, dtype=torch.float32)
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight *= 1e25  # squares overflow in float32
-    model.save_pretrained(path)
+    def enlarge(layers):
+        layers[1].mlp.up_proj.weight *= 1e25  # squares overflow in float32
+
+    path = changed_dense(tmp_path / "large", enlarge)
     for split in ("energy", "random"):
         done = construct(dense, tmp_path / "moe", "--set", f"split={split}", model=path)
         refused(done, tmp_path / "moe", "Layer 1", "not positive definite", "other text")

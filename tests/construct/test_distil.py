@@ -191,7 +191,7 @@ def test_no_number_of_layers_ahead_means_all(model):
 @pytest.mark.parametrize("rows", [0, 2])
 def test_room_for_streams_changes_nothing(model, rows, monkeypatch):
     usual = _facts(model)
-    monkeypatch.setattr("moesaic.construct.layer_maker._KEPT", rows * 2048 * HIDDEN * 4)
+    monkeypatch.setattr("moesaic.construct.layer_maker.KEPT", rows * 2048 * HIDDEN * 4)
     kept, inner = [], LayerMaker._targets
 
     def watched(maker, *given):
