@@ -160,14 +160,16 @@ class MoesaicRouter(Router):
         if self.weighting == "sigmoid":
             weights_TK, ids_TK = logits_TE.float().sigmoid().topk(self.top_k, dim=-1)
             return weights_TK, ids_TK
-        weights_TK, ids_TK = logits_TE.softmax(-1, dtype=torch.float32).topk(self.top_k, dim=-1)
+        probs_TE = logits_TE.softmax(-1, dtype=torch.float32)
+        weights_TK, ids_TK = probs_TE.topk(self.top_k, dim=-1)
         if self.weighting == "renormalised":
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
         elif self.weighting == "one":
             weights_TK = torch.ones_like(weights_TK)
         elif self.weighting == "learned":
             assert self.scale is not None
-            weights_TK = 1 + self.scale.float()[ids_TK] * weights_TK
+            # not scale[ids]: its gradient adds up T * K numbers one after the other
+            weights_TK = (1 + self.scale.float() * probs_TE).gather(1, ids_TK)
         return weights_TK, ids_TK
 
     def scheme(self) -> Scheme | str:
