@@ -6,8 +6,9 @@
 A dense model is converted by every method, and most conversions are trained on at equal budgets.
 The learning rate of a method, a number of active experts and a budget is chosen on one half of the
 held-out documents and scored on the other, both ways, by the first seed's runs: rates of `GRID` for
-the first budget, those next to the last one's best for the others, further ones while the best lies
-at an end. (Training text that is kept back cannot choose: the dense model has seen it.)
+the first budget, further ones while the best lies at an end; for a longer budget the last one's
+best and the next higher one, still higher ones while the highest is best. (Training text that is
+kept back cannot choose: the dense model has seen it.)
 
 One row a run is appended to OUT/rows.jsonl; rows that are there, or in `--rows`, are not run again
 when they were made with the same recipe and settings. The runs that matter most come first;
@@ -160,7 +161,7 @@ class Plan:
                 yield from (self.job("convert", m, top_k, seed) for m in self.methods)
         best = self.ranked("convert")[: self.best]
         for seed in self.seeds:
-            for top_k in [*main, *others]:
+            for top_k in main:
                 for experts in self.finer:
                     wide = top_k * experts // self.experts
                     yield from (self.job("convert", m, wide, seed, experts) for m in best)
@@ -179,14 +180,16 @@ class Plan:
                 best = self.ranked("train")[: self.best]
                 if not best:
                     return
-                always = {"v2 residual", "v1 random", DENSE, SCRATCH}
-                sizes = [size for size in sizes if size[0] in {*best, *always}]
+                longest = {*best, "v2 residual", "v1 random", DENSE}
+                sizes = [size for size in sizes if size[0] in {*longest, SCRATCH}]
             for method, top_k in sizes:
                 rates = self.wanted(method, top_k, budget) or []
                 yield from (self.run(method, top_k, seed, budget, rate) for rate in rates)
         last = self.budgets[2] if len(self.budgets) > 2 else None
         for number in self.seeds[1:] if last else ():
             for method, top_k in sizes:
+                if method == SCRATCH:  # a yardstick, whole nats away
+                    continue
                 if last and (rate := self.rate(method, top_k, last)) is not None:
                     yield self.run(method, top_k, number, last, rate)
 
@@ -210,12 +213,12 @@ class Plan:
             if before is None:
                 return None
             at = LADDER.index(before)
-            rates = list(LADDER[max(0, at - 1) : at + 2]) if len(self.grid) > 1 else [before]
+            rates = list(LADDER[at : at + 2]) if len(self.grid) > 1 else [before]
         best = self.lowest(method, top_k, budget)
         if len(rates) < 2 or best is None or any(rate not in tried for rate in rates):
             return rates
         at = LADDER.index(best)
-        beyond = LADDER[max(0, at - 1) : at + 2]  # its neighbours: new ones where it is an end
+        beyond = LADDER[at if place else max(0, at - 1) : at + 2]  # new ones where it is an end
         return [*tried, *(rate for rate in beyond if rate not in tried)]
 
     def rate(self, method: str, top_k: int, budget: int) -> float | None:

@@ -128,7 +128,8 @@ def conditions(plan: Plan, settings: dict[str, Any]) -> str:
         "order. Balance loss and noise are the model's own; a pruned model's gate is not trained. "
         f"{len(trained)} runs. Learning rates of every budget are chosen on one half of the "
         "held-out documents and scored on the other, both ways, by the first seed; other seeds "
-        "take the best of the whole."
+        "take the best of the whole. Tried are at the first budget a grid and whatever lies beyond "
+        "a best end, at a longer one the best rate of the one before and higher ones."
     )
 
 
