@@ -23,6 +23,7 @@ import json
 import multiprocessing
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -68,8 +69,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "energy, no maps": {**OURS, "maps": False},
     "energy, no loop": {"split": {"method": "energy", "rounds": 0}, **OURS},
     "energy": OURS,
+    "energy, shared": {"shared": 1, **OURS},
     "energy, allotted": {"experts_per_layer": "allotted", **OURS},
     "layerwise": {"refine": "layerwise", **OURS},
+    "layerwise, shared": {"refine": "layerwise", "shared": 1, **OURS},
     "layerwise, allotted": {"refine": "layerwise", "experts_per_layer": "allotted", **OURS},
 }
 ABLATIONS = [
@@ -317,7 +320,7 @@ class Master:
                         worker.channel.send(job)
                 busy = [w for w in self.workers if w.job is not None or not w.ready]
                 if all(w.job is None for w in self.workers) and (
-                    not busy or time.monotonic() > self.end
+                    (not busy and not self._waits()) or time.monotonic() > self.end
                 ):
                     break
                 if time.monotonic() > self.end + 5:
@@ -379,6 +382,7 @@ class Master:
         training = sum(job["kind"] == "train" for job in running)
         trainings = [j for j in self.plan.trainings() if self._missing(j)]
         ready = [j for j in trainings if self.place.start(j).is_dir()]
+        ready = [j for j in ready if self.place.blocks(j["seed"]).is_file()]
         taken = {key(job) for job in running}
         ready = [j for j in ready if key(j) not in taken and self._seconds(j) < left]
         if ready and training < self.options.trainings:
@@ -397,6 +401,11 @@ class Master:
             if key(job) not in taken | self.failed and self._seconds(job) < left:
                 return job
         return None
+
+    def _waits(self) -> bool:
+        """Whether text for training is still being prepared."""
+        wanted = {job["seed"] for job in self.plan.trainings() if self._missing(job)}
+        return not all(self.place.blocks(seed).is_file() for seed in wanted)
 
     def _missing(self, job: Job) -> bool:
         return not self.plan.has(job) and key(job) not in self.failed
@@ -498,8 +507,9 @@ def main() -> None:
         (options.out / "rows.jsonl").write_text(text)
     options.deadline -= time.monotonic() - started
     master = Master(options, plan, bench)  # the workers import while the text is prepared
-    master.place.prepare(options.seeds, max(options.budgets, default=0))
-    master._say("text is ready")
+    master.place.prepare([], 0)
+    training_text = (options.seeds, max(options.budgets, default=0))
+    threading.Thread(target=master.place.prepare, args=training_text, daemon=True).start()
     master.run()
 
 

@@ -99,13 +99,19 @@ class Bench:
             path.write_text(json.dumps(rows))
         blocks = tokens // self.settings.block
         for seed in seeds if blocks else ():
-            path = self.work / f"blocks-{seed}.npy"
+            path = self.blocks(seed)
             if path.is_file() and len(np.load(path, mmap_mode="r")) >= blocks:
                 continue
             domains = open_tokens(self._text("train"), tokenizer, cache=self.work / "tokens")
             stream = MixtureStream(domains, block=self.settings.block, seed=seed)
             drawn = [stream.next_block()[1].astype(np.uint16) for _ in range(blocks)]
-            np.save(path, np.stack(drawn))
+            partial = path.with_suffix(".partial.npy")
+            np.save(partial, np.stack(drawn))
+            partial.rename(path)
+
+    def blocks(self, seed: int) -> Path:
+        """The blocks of text that a seed's runs are trained on."""
+        return self.work / f"blocks-{seed}.npy"
 
     def _text(self, part: str) -> dict[str, str]:
         return {d: str(self.corpus / d / f"{part}.jsonl") for d in DOMAINS}
@@ -241,7 +247,7 @@ class Bench:
             _keep_static(model)
         parameters, active = count_parameters(model)
         updates = job["budget"] // (settings.sequences * settings.block)
-        blocks = np.load(self.work / f"blocks-{job['seed']}.npy", mmap_mode="r")
+        blocks = np.load(self.blocks(job["seed"]), mmap_mode="r")
         chosen = np.asarray(blocks[: updates * settings.sequences]).astype(np.int32)
         ids_NBT = torch.from_numpy(chosen).to(self.device)
         ids_NBT = ids_NBT.view(updates, settings.sequences, settings.block)

@@ -345,6 +345,7 @@ class LayerMaker:
             self.stream,
             layer,
             fixed,
+            width=len(made.parts.experts[0]),
             gate_PD=start.gate_PD,
             up_PD=start.up_PD,
             down_PD=start.down_PD,

@@ -120,8 +120,8 @@ def refinement(recipe: Recipe) -> Distillation | None:
     settings = dict(chosen)
     if settings.pop("method", None) != "layerwise":
         raise UserError(f"refine={recipe.refine!r} was given. Use layerwise, or null.")
-    if recipe.shared or name_of(recipe.weighting) != "one":
-        raise UserError("refine: layerwise needs shared: 0 and weighting: one. Change these.")
+    if name_of(recipe.weighting) != "one":
+        raise UserError("refine: layerwise needs weighting: one. Change it, or use refine: null.")
     return parse(Distillation, settings, source="refine layerwise")
 
 

@@ -114,12 +114,18 @@ class Gate(nn.Module):
     def _weights(
         self, logits_TE: torch.Tensor, ids_TK: torch.Tensor, scores_TK: torch.Tensor
     ) -> torch.Tensor:
-        """Weights [T, K] of the chosen experts: their scores, or 1 + u_e * s_e."""
+        """Weights [T, K] of the chosen experts: their scores, or 1 + u_e * s_e.
+
+        The latter have the gradient of (1 + u_e) * s_e: with u at 0 the router would have none.
+        """
         if self.correction is None:
             return scores_TK
         # All experts' weights first: the gradient of correction[ids] would add up T * K numbers
         # one after the other, a fifth of a training step on a GPU.
-        weights_TE = 1.0 + self.correction.float() * logits_TE.softmax(dim=-1)
+        shares_TE = logits_TE.softmax(dim=-1)
+        weights_TE = 1.0 + self.correction.float() * shares_TE
+        if torch.is_grad_enabled():
+            weights_TE = weights_TE + (shares_TE - shares_TE.detach())
         return weights_TE.gather(1, ids_TK)
 
     def _measured(
@@ -210,6 +216,10 @@ class TopKBalancedNoisyGate(Gate):
 
         # importance sums scores even where weights are 1: it must pull the router to balance
         load_E, importance_E = self._measured(ids_TK, scores_TK, valid_T)
+        if self.correction is not None and K == 1 and E > 1:
+            # the score of one chosen expert is 1 and pulls nothing; beside the next best it does
+            nearest_T2, ids_T2 = logits_TE.topk(2, dim=-1)
+            _, importance_E = self._measured(ids_T2, nearest_T2.softmax(dim=-1), valid_T)
         if noise_TE is not None and sigma_TE is not None and K < E:
             judged_TE = noise_TE if self.load_rule == "original" else ranked_TE
             threshold_in_T1, threshold_out_T1 = top_TK1[:, K : K + 1], top_TK1[:, K - 1 : K]

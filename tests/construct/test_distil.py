@@ -59,7 +59,9 @@ class Case:
         }
         router = {"weight": _normal(EXPERTS, HIDDEN).to(device)}
         fixed = Fixed(top_k, layer.mlp.act_fn)
-        self.block = RoutedBlock(stream, layer, fixed, router=router, **weights)
+        self.block = RoutedBlock(
+            stream, layer, fixed, width=WIDTH // EXPERTS, router=router, **weights
+        )
         ids = torch.randint(0, 60, (24, 16), generator=torch.Generator().manual_seed(5))
         self.rows = stream.embed(ids)
         self.frozen = [stream.load(layer) for layer in range(1, LAYERS)]

@@ -179,29 +179,33 @@ def biased(tmp_path_factory):
     return open_dense(write_dense(path, mlp_bias=True, attention_bias=True))
 
 
-def _block(dense, top_k):
+def _block(dense, top_k, routed=4):
+    """A layer of 48 neurons as four experts, of which those from `routed` on are shared."""
     stream = LayerStream(dense, context=16)
     layer = stream.load(1)
     gate, up, down = (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj)
     draw = torch.Generator().manual_seed(1)
     order = torch.randperm(48, generator=draw)
-    router = {"weight": torch.randn(4, 32, generator=draw), "bias": torch.randn(4, generator=draw)}
+    weight_ED, bias_E = torch.randn(4, 32, generator=draw), torch.randn(4, generator=draw)
+    router = {"weight": weight_ED[:routed], "bias": bias_E[:routed]}
     weights = {"gate_PD": gate.weight[order], "up_PD": up.weight[order], "router": router}
     weights["down_PD"] = down.weight.T[order]
     biases = (gate.bias[order].detach(), up.bias[order].detach(), down.bias.detach())
     fixed = Fixed(top_k, layer.mlp.act_fn, *biases)
     whole = dense_block(stream, stream.load(1))
-    return RoutedBlock(stream, layer, fixed, **weights), whole
+    return RoutedBlock(stream, layer, fixed, width=12, **weights), whole
 
 
-def test_a_block_with_all_experts_on_is_the_dense_layer(biased):
-    block, whole = _block(biased, 4)
+@pytest.mark.parametrize("routed", [4, 3])
+def test_a_block_with_all_experts_on_is_the_dense_layer(biased, routed):
+    block, whole = _block(biased, routed, routed)
     rows = torch.randn(3, 16, 32, generator=torch.Generator().manual_seed(2))
     torch.testing.assert_close(block(rows), whole(rows), atol=1e-5, rtol=1e-5)
 
 
-def test_masked_experts_are_the_sorted_ones(biased):
-    block, _ = _block(biased, 2)
+@pytest.mark.parametrize("routed", [4, 3])
+def test_masked_experts_are_the_sorted_ones(biased, routed):
+    block, _ = _block(biased, 2, routed)
     x_TD = torch.randn(40, 32, generator=torch.Generator().manual_seed(2))
     found = []
     for masked in (False, True):
@@ -218,6 +222,29 @@ def test_masked_experts_are_the_sorted_ones(biased):
         found.append([out_TD, *(getattr(block, name).grad.clone() for name in names)])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shared", [0, 1])
+def test_refining_starts_from_the_refitted_layers(shared, tmp_path):
+    """Biases, maps of the experts' inputs and shared experts included: no step, no change."""
+    write_dense(tmp_path / "model", mlp_bias=True, attention_bias=True)
+    write_text_tokenizer(tmp_path / "model")
+    draw = torch.Generator().manual_seed(3)
+    model = moesaic.load(tmp_path / "model", dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_(generator=draw)
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "train.txt").write_text(_text()[:24_000])
+    refine = {"method": "layerwise", "passes": 0.01, "learning_rate": 1e-30}
+    fields = {"experts": 8, "top_k": 3, "shared": shared, "context": 24, "tokens": 3072}
+    made = run(tmp_path / "model", _recipe(tmp_path, refine=refine, **fields), folder=tmp_path)
+    rows = calibration_rows(
+        tmp_path / "model", made.recipe.data, tokens=3072, context=24, experts=8, seed=0
+    )
+    refit, refined = (_drift(tmp_path, stage, rows) for stage in ("refit", "refine"))
+    assert refined == pytest.approx(refit, rel=1e-3)  # the files
+    assert refined == pytest.approx(made.layers[-1].facts["stream_error"], rel=1e-3)  # the blocks
 
 
 def test_a_cpu_does_less_unless_it_is_told(biased):

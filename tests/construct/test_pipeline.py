@@ -87,20 +87,18 @@ def test_the_checkpoint_is_the_model_that_was_measured(dense, tmp_path):
     assert all(row["loss"] > 0 for row in figures["stages"])
 
 
-def test_the_router_learns_without_a_balance_loss(dense, tmp_path):
-    run(dense / "model", recipe(dense), folder=tmp_path)
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_the_router_learns_without_a_balance_loss(top_k, dense, tmp_path):
+    run(dense / "model", recipe(dense, top_k=top_k), folder=tmp_path)
     model = stage(tmp_path, "refit").train()
     model.set_moe_gate_use_balance(False)
     routers = {n: p.detach().clone() for n, p in model.gate_parameters()}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
     ids = torch.randint(0, 29, (4, 24), generator=torch.Generator().manual_seed(1))
-    for step in range(2):
-        optimizer.zero_grad()
-        model(ids, labels=ids).loss.backward()
-        for name, parameter in model.gate_parameters():
-            moves = parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)
-            assert moves == (name.endswith("correction") or step == 1), (name, step)
-        optimizer.step()
+    model(ids, labels=ids).loss.backward()
+    for name, parameter in model.gate_parameters():
+        assert parameter.grad.abs().sum() > 0, name
+    optimizer.step()
     for name, parameter in model.gate_parameters():
         assert not torch.equal(parameter, routers[name]), name
 
@@ -215,7 +213,7 @@ def test_what_is_missing_is_said(dense, caplog):
         ({"shared": 2}, "at least 3"),
         ({"experts": 5}, "does not divide"),
         ({"refine": "endtoend"}, "Use layerwise"),
-        ({"refine": "layerwise", "shared": 1}, "shared: 0"),
+        ({"refine": "layerwise", "weighting": "softmax"}, "weighting: one"),
         ({"split": "enrgy"}, "Did you mean 'energy'"),
         ({"weighting": "two"}, "weighting"),
     ):

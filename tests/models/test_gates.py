@@ -228,10 +228,20 @@ def test_balance_can_be_turned_off_and_statistics_skipped(name):
     assert out.weights.shape == (9, 1)
 
 
-def test_balance_loss_pushes_towards_balance():
+@pytest.mark.parametrize(
+    ("chosen", "settings"),
+    [
+        (1, {}),
+        (1, {"add_noise": False, "weighting": "one"}),
+        (2, {"add_noise": False, "weighting": "one"}),
+    ],
+)
+def test_balance_loss_pushes_towards_balance(chosen, settings):
     """A gate that sends all to one expert: descending its balance loss spreads the tokens."""
     torch.manual_seed(0)
-    gate = TopKBalancedNoisyGate(8, 4, 1, network="linear", balance_loss_weight=1.0).train()
+    gate = TopKBalancedNoisyGate(
+        8, 4, chosen, network="linear", balance_loss_weight=1.0, **settings
+    ).train()
     x = torch.randn(256, 8)
     x[:, 0] = 1.0
     with torch.no_grad():

@@ -2,7 +2,7 @@
 
 The choice of experts is a step; its gradient is taken straight through the router's softmax.
 Notation: B rows, C tokens a row, T = B*C tokens, D hidden size, E experts, I neurons of an expert,
-P = E*I, K chosen experts.
+P = E*I neurons and those of shared experts behind them, K chosen experts.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Fixed:
 class RoutedBlock(nn.Module):
     """One decoder layer whose feed-forward part is experts of one width, weight 1 each.
 
+    `width` are the neurons of a routed expert; what follows the routed ones is used by every token.
     `layer` is a layer of `stream` without its feed-forward part. The weights are copied.
     """
 
@@ -45,13 +46,14 @@ class RoutedBlock(nn.Module):
         layer: Any,
         fixed: Fixed,
         *,
+        width: int,
         gate_PD: torch.Tensor,
         up_PD: torch.Tensor,
         down_PD: torch.Tensor,
         router: dict[str, torch.Tensor],
     ) -> None:
         super().__init__()
-        self.stream, self.fixed = stream, fixed
+        self.stream, self.fixed, self.width = stream, fixed, width
         layer.mlp = nn.Identity()
         for part in layer.modules():
             for name, parameter in list(part.named_parameters(recurse=False)):
@@ -90,7 +92,10 @@ class RoutedBlock(nn.Module):
         fixed = self.fixed
         h_TP = fixed.activation(functional.linear(x_TD, self.gate_PD, fixed.gate_bias_P))
         h_TP = h_TP * functional.linear(x_TD, self.up_PD, fixed.up_bias_P)
-        h_TEI = h_TP.unflatten(1, (weights_TE.shape[1], -1)) * weights_TE[..., None]
+        routed = weights_TE.shape[1] * self.width
+        h_TEI = h_TP[:, :routed].unflatten(1, (-1, self.width)) * weights_TE[..., None]
+        if routed < h_TP.shape[1]:
+            return torch.cat([h_TEI.flatten(1), h_TP[:, routed:]], 1) @ self.down_PD
         return h_TEI.flatten(1) @ self.down_PD
 
     def _chosen(
@@ -102,20 +107,24 @@ class RoutedBlock(nn.Module):
         order_N = flat_N.argsort(stable=True)
         token_N = order_N // top_k
         counts = torch.bincount(flat_N, minlength=experts).tolist()
-        width = len(self.gate_PD) // experts
-        parts = []
-        for expert, rows_ND in enumerate(x_TD[token_N].split(counts)):
-            own = slice(expert * width, (expert + 1) * width)
-            gate_I, up_I = (
-                None if bias_P is None else bias_P[own]
-                for bias_P in (self.fixed.gate_bias_P, self.fixed.up_bias_P)
-            )
-            h_NI = self.fixed.activation(functional.linear(rows_ND, self.gate_PD[own], gate_I))
-            parts.append(
-                (h_NI * functional.linear(rows_ND, self.up_PD[own], up_I)) @ self.down_PD[own]
-            )
+        parts = [
+            self._expert(rows_ND, slice(expert * self.width, (expert + 1) * self.width))
+            for expert, rows_ND in enumerate(x_TD[token_N].split(counts))
+        ]
         out_ND = torch.cat(parts) * weights_TK.flatten()[order_N, None]
-        return torch.zeros_like(x_TD).index_add(0, token_N, out_ND)
+        routed = experts * self.width
+        shared = routed < len(self.gate_PD)
+        out_TD = self._expert(x_TD, slice(routed, None)) if shared else torch.zeros_like(x_TD)
+        return out_TD.index_add(0, token_N, out_ND)
+
+    def _expert(self, x_ND: torch.Tensor, own: slice) -> torch.Tensor:
+        """The neurons `own`, of the rows x."""
+        gate_I, up_I = (
+            None if bias_P is None else bias_P[own]
+            for bias_P in (self.fixed.gate_bias_P, self.fixed.up_bias_P)
+        )
+        h_NI = self.fixed.activation(functional.linear(x_ND, self.gate_PD[own], gate_I))
+        return (h_NI * functional.linear(x_ND, self.up_PD[own], up_I)) @ self.down_PD[own]
 
 
 def dense_block(stream: LayerStream, layer: Any) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -80,7 +80,6 @@ class ConvertedLayer:
             None if bias_F is None else bias_F[self.order_P]
             for bias_F in (view.gate_bias_F, view.up_bias_F)
         )
-        self.order_P = torch.arange(len(gate_PD), device=gate_PD.device)
 
         def neurons(x_TD: torch.Tensor, rows: slice) -> torch.Tensor:
             gate_b, up_b = (None if b is None else b[rows] for b in (gate_bias_P, up_bias_P))
@@ -98,7 +97,8 @@ class ConvertedLayer:
 
     def features(self, neurons_TF: torch.Tensor, weights_TE: torch.Tensor) -> torch.Tensor:
         """The neurons times the weight of their expert: [T, P]."""
-        h_TP = neurons_TF.index_select(1, self.order_P)
+        own = self._neurons is not None
+        h_TP = neurons_TF.clone() if own else neurons_TF.index_select(1, self.order_P)
         # in place, expert by expert: a third of the time of a product with weights_TE[:, owner_P]
         for part_TI, weight_T in zip(h_TP.split(self.sizes, 1), weights_TE.unbind(1), strict=True):
             part_TI.mul_(weight_T[:, None])

@@ -169,7 +169,10 @@ class MoesaicRouter(Router):
         elif self.weighting == "learned":
             assert self.scale is not None
             # not scale[ids]: its gradient adds up T * K numbers one after the other
-            weights_TK = (1 + self.scale.float() * probs_TE).gather(1, ids_TK)
+            weights_TE = 1 + self.scale.float() * probs_TE
+            if torch.is_grad_enabled():  # the gradient of (1 + scale) * probs: scale begins at 0
+                weights_TE = weights_TE + (probs_TE - probs_TE.detach())
+            weights_TK = weights_TE.gather(1, ids_TK)
         return weights_TK, ids_TK
 
     def scheme(self) -> Scheme | str:
