@@ -313,7 +313,7 @@ def test_pieces_change_no_bit_on_hopper(sizes, pieces, outside, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("sizes", [(4096, 2048, 768, 32, 8), (3000, 1536, 640, 16, 4)])
+@pytest.mark.parametrize("sizes", [(8192, 2048, 768, 64, 8), (3000, 1536, 640, 16, 4)])
 def test_a_sum_beside_a_gradient_is_done_when_the_gradient_is(sizes):
     from moesaic.kernels.triton import metadata, products
 
