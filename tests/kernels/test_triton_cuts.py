@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 from moesaic.kernels import reference
 from moesaic.kernels.bench import PRESETS
-from moesaic.kernels.triton import budget, combine, layer, multiply
+from moesaic.kernels.triton import budget, layer, multiply
 from moesaic.kernels.triton.budget import Cuts, Layer, cut, ranges, spans
 from tests.kernels import emulated
 from tests.kernels.conftest import INTERPRETED
@@ -47,8 +47,7 @@ def test_the_timeline_is_what_was_measured_and_pieces_bring_it_to_the_bound(name
     assert sizes.bound() / 1e6 == pytest.approx(bound, abs=1)
     cuts = cut(sizes)
     assert max(sizes.timeline(cuts).values()) <= sizes.bound()
-    plain = replace(cuts, copy_up=False, copy_gradient=False, beside=False)
-    assert (plain == _whole(sizes)) == (peak == bound)
+    assert (replace(cuts, copy_up=False, copy_gradient=False) == _whole(sizes)) == (peak == bound)
 
 
 def test_there_are_no_more_pieces_than_needed_and_the_most_when_none_do():
@@ -59,27 +58,6 @@ def test_there_are_no_more_pieces_than_needed_and_the_most_when_none_do():
     assert max(sizes.timeline(cuts).values()) > sizes.bound()
     assert cuts.dx == 512
     assert cut(Layer(0, 64, 32, 4, 2)) == _whole(Layer(0, 64, 32, 4, 2))
-
-
-@pytest.mark.parametrize("tokens", [512, 4096, 16384])
-@pytest.mark.parametrize("name", MEASURED)
-def test_dx_is_summed_beside_downs_gradient_where_both_have_room(name, tokens):
-    sizes = _sizes(name, tokens)
-    cuts = cut(sizes)
-    both = replace(cuts, wa=sizes.width, dx=sizes.hidden, beside=True)
-    rows = sizes.rows * (sizes.width + sizes.hidden)  # weight * a, and dx before its sum
-    room = rows <= 2 * sizes.experts * sizes.width * sizes.hidden  # gate_up's gradient
-    assert cuts.beside == room == (sizes.timeline(both)["x_gradient"] <= sizes.bound())
-    if room:
-        assert cuts == both
-        assert max(sizes.timeline(cuts).values()) <= sizes.bound()
-
-
-def test_nothing_runs_beside_where_the_sum_would_take_longer_or_not_fit():
-    assert [n for n in MEASURED if cut(_sizes(n)).beside] == ["qwen3-30b-a3b", "mixtral-8x7b"]
-    assert cut(Layer(4096, 1024, 512, 64, 8)).beside
-    assert not cut(Layer(4096, 1024, 256, 64, 8)).beside
-    assert not cut(Layer(4096, 1024, 512, 128, 10)).beside
 
 
 def test_ranges_are_the_whole_once():
@@ -158,8 +136,9 @@ def test_pieces_change_no_bit(pieces, outside, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(whole, found, strict=True))
 
 
-def _emulate_hopper(monkeypatch):
-    """Take the path of a Hopper, its products in plain torch; return a list of sums beside one."""
+@pytest.mark.interpreted
+@pytest.mark.parametrize("outside", [False, True])
+def test_pieces_change_no_bit_of_what_hopper_kernels_are_told(outside, monkeypatch):
     from moesaic.kernels.triton import products, tune
     from moesaic.kernels.triton.hopper_outer import outer_kernel
     from moesaic.kernels.triton.hopper_rows import rows_kernel
@@ -172,16 +151,6 @@ def _emulate_hopper(monkeypatch):
     monkeypatch.setattr(products, "_start_outer", emulated.Launcher(outer_kernel, outer))
     fastest = lambda product, run, **about: tune.CANDIDATES[product][-1]  # noqa: E731 (it may copy)
     monkeypatch.setattr(tune, "fastest", fastest)
-    summed = []
-    beside = lambda *args: summed.append(1) or combine.combine_beside(*args)  # noqa: E731
-    monkeypatch.setattr(multiply, "combine_beside", beside)
-    return summed
-
-
-@pytest.mark.interpreted
-@pytest.mark.parametrize("outside", [False, True])
-def test_pieces_change_no_bit_of_what_hopper_kernels_are_told(outside, monkeypatch):
-    summed = _emulate_hopper(monkeypatch)
     problem = _problem(90, 320, 328, 5, 2, device="cpu", dtype=torch.bfloat16, outside=outside)
     whole = _step(*problem, monkeypatch, {}, sentinels=outside)
     if not outside:
@@ -192,39 +161,9 @@ def test_pieces_change_no_bit_of_what_hopper_kernels_are_told(outside, monkeypat
             whole, [out, *torch.autograd.grad(out, exact, grad.float())], strict=True
         ):
             assert (found.float() - wanted).norm() < 1e-2 * wanted.norm()
-    for pieces in (
-        {"y": 256, "dx": 128}, {"parts": 2, "wa": 256}, {"parts": 4, "copy_up": True},
-        {"beside": True},
-    ):  # fmt: skip
+    for pieces in ({"y": 256, "dx": 128}, {"parts": 2, "wa": 256}, {"parts": 4, "copy_up": True}):
         found = _step(*problem, monkeypatch, pieces, sentinels=outside)
         assert all(torch.equal(a, b) for a, b in zip(whole, found, strict=True))
-
-        assert len(summed) == ("beside" in pieces)
-
-
-@pytest.mark.interpreted
-def test_sums_run_beside_a_gradient_again_but_only_where_all_are_wanted(monkeypatch):
-    summed = _emulate_hopper(monkeypatch)
-    monkeypatch.setattr(multiply, "cut", lambda sizes: replace(_whole(sizes), beside=True))
-    tensors, ids, grad = _problem(40, 64, 72, 4, 2, device="cpu", dtype=torch.bfloat16)
-    leaves = [t.detach().requires_grad_() for t in tensors]
-
-    def run(*inputs):
-        x, gate_up, down, weights = inputs
-        return layer.compute(x, gate_up, down, ids, weights, activation="silu", sentinels=False)
-
-    out = run(*leaves)
-    first = torch.autograd.grad(out, leaves, grad, retain_graph=True)
-    again = torch.autograd.grad(out, leaves, grad)
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    assert len(summed) == 2
-    for missing in range(4):
-        some = [t.detach().requires_grad_(i != missing) for i, t in enumerate(tensors)]
-        wanted = [t for t in some if t.requires_grad]
-        found = torch.autograd.grad(run(*some), wanted, grad)
-        expected = [g for i, g in enumerate(first) if i != missing]
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert len(summed) == 3  # without the routing weights' gradient too
 
 
 @pytest.mark.skipif(INTERPRETED, reason="compiles, so does not interpret")
@@ -293,7 +232,6 @@ GPU_PIECES = [
     {"y": 512, "dx": 256},
     {"parts": 2, "wa": 512},
     {"parts": 4, "wa": 256, "y": 768, "dx": 512},
-    {"beside": True},
 ]
 
 
@@ -310,38 +248,6 @@ def test_pieces_change_no_bit_on_hopper(sizes, pieces, outside, monkeypatch):
     whole = _step(*problem, monkeypatch, {}, sentinels=outside)
     found = _step(*problem, monkeypatch, pieces, sentinels=outside)
     assert all(torch.equal(a, b) for a, b in zip(whole, found, strict=True))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("sizes", [(8192, 2048, 768, 64, 8), (3000, 1536, 640, 16, 4)])
-def test_a_sum_beside_a_gradient_is_done_when_the_gradient_is(sizes):
-    from moesaic.kernels.triton import metadata, products
-
-    tensors, ids, grad = _problem(*sizes, device="cuda", dtype=torch.bfloat16)
-    tokens, hidden, width, experts, top_k = sizes
-    routing = metadata.route(ids, tensors[3], experts=experts, tile_rows=128)
-    new = {"device": "cuda", "dtype": torch.bfloat16}
-    y, wa = torch.randn(tokens * top_k, hidden, **new), torch.randn(tokens * top_k, width, **new)
-    launch = products.Launch(256, 3)
-    wanted = [combine.combine(y, routing.inverse_N, torch.empty_like(grad))]
-    wanted.append(products.outer(grad, wa, routing, launch))
-    filled = [torch.empty_like(t) for t in wanted]
-
-    def run():
-        for tensor in filled:
-            tensor.fill_(torch.nan)
-        combine.combine_beside(y, routing.inverse_N, filled[0])
-        products.outer(grad, wa, routing, launch, out=filled[1], beside=True)
-        return [t.clone() for t in filled]  # at once: is all of it there for the next kernel?
-
-    for _ in range(10):
-        assert all(torch.equal(a, b) for a, b in zip(run(), wanted, strict=True))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = run()
-    for _ in range(10):
-        graph.replay()
-        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 @pytest.mark.gpu

@@ -124,7 +124,6 @@ def test_weight_gradients_compile_for_hopper(transposed, sixteen, tmp_path):
     ptx = compiled.asm["ptx"]
     assert "wgmma.mma_async" in ptx
     assert "cp.async.cg" in ptx
-    assert ptx.count("griddepcontrol.wait") == 1  # it may run beside the kernel before it
     assert _stack(compiled, tmp_path) == 0
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
 
@@ -109,26 +107,6 @@ def test_rows_of_a_token_come_together(case, weighted, device):
     torch.testing.assert_close(out_TK.cpu(), exact_parts, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(
-    ("tokens", "hidden", "top_k"),
-    [(1, 96, 1), (5, 40, 2), (61, 1030, 3), (33, 520, 2), (3, 64, 4), (130, 24, 8), (0, 8, 2)],
-)
-def test_few_programs_sum_as_many_do(tokens, hidden, top_k, device):
-    g = torch.Generator().manual_seed(tokens)
-    places = torch.randperm(tokens * top_k, generator=g).int()
-    nobody = torch.rand(tokens * top_k, generator=g) < 0.2
-    y_ND = torch.randn(tokens * top_k, hidden, generator=g)
-    y_ND[places[nobody].long()] = torch.nan
-    places[nobody] = -1
-    y_ND, places = y_ND.to(device), places.to(device)
-    found, wanted = (torch.full((tokens, hidden), 7.0, device=device) for _ in range(2))
-    assert combine.combine_beside(y_ND, places, found) is found
-    combine.combine(y_ND, places, wanted)
-    assert torch.equal(found, wanted)
-    assert found.isfinite().all()
-
-
 SIZES = {"BINS": 256, "BLOCK": metadata.BLOCK}
 KERNELS = {
     "_count": ({"ids_ptr": "i64", "counts_ptr": "i32"}, SIZES),
@@ -159,28 +137,3 @@ def test_compiles_for_hopper_without_spills(name, tmp_path):
     result = compile_for_hopper(kernel, tmp_path, pointers=pointers, warps=4, stages=3, **constants)
     assert result.spilled == 0
     assert result.count("atom.global.add.f32") == 0
-
-
-@compiled
-@pytest.mark.parametrize("top_k", range(1, combine.MOST_BESIDE + 1))
-def test_the_sum_of_few_programs_fills_a_processor_without_spills(top_k, tmp_path, monkeypatch):
-    launched = {}
-
-    def launch(grid, *arguments, num_warps):
-        kernel = combine._combine_beside
-        launched.update(zip(kernel.arg_names, arguments, strict=True), warps=num_warps)
-
-    monkeypatch.setattr(combine, "_start_combine_beside", launch)
-    y_ND, places = torch.empty(64 * top_k, 2048, device="meta"), torch.empty(64 * top_k)
-    combine.combine_beside(y_ND, places, torch.empty(64, 2048, device="meta"))
-    names = ("TOP_K", "TOKENS", "BLOCK")
-    result = compile_for_hopper(
-        combine._combine_beside, tmp_path,
-        pointers={"y_ptr": "bf16", "inverse_ptr": "i32", "out_ptr": "bf16"},
-        warps=launched["warps"], stages=3, OVERLAP=True, **{name: launched[name] for name in names},
-    )  # fmt: skip
-    assert result.spilled == 0
-    assert result.registers <= 65536 // (32 * launched["warps"])
-    assert result.count("griddepcontrol.launch_dependents") == 1
-    each = launched["TOKENS"] * launched["BLOCK"] // (32 * launched["warps"])
-    assert len(re.findall(r"ld\.global\S*v4", result.ptx)) == top_k * each // 8

@@ -10,9 +10,6 @@ result before the next take its place; weight * a likewise, and the columns of `
 that follow from it. `down` needs all columns of a, so that a is made for some tiles of rows at a
 time, if need be. A sum's order is the same in all cases, and so are its bits. Every cut costs
 launches: there are as few as the bound allows, and none where nothing is gained.
-
-Where there is room for more, the sum of dx runs beside `down`'s gradient: both want weight * a and
-all of dx's rows to be there, before `gate_up`'s gradient, the largest, is.
 """
 
 from __future__ import annotations
@@ -21,11 +18,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from moesaic.kernels.triton.combine import MOST_BESIDE
-
 _TILE = 256  # columns: a piece is a whole number of tiles wide
 _NARROWEST = 512  # columns of a piece
-_WIDE = 512  # columns of I from which `down`'s gradient takes longer than a sum by few programs
 _MOST_PARTS = 4
 _TILE_ROWS = 128
 _ALIGNED = 8  # rows: pointers stay aligned, and kernels are not compiled anew
@@ -82,8 +76,6 @@ class Cuts:
     """Whether there is room for x in the order of its rows beside the results of `up`."""
     copy_gradient: bool
     """Whether there is room for the output's gradient in the order of its rows."""
-    beside: bool = False
-    """Whether dx is summed beside `down`'s gradient; both are in one piece then."""
 
 
 def ranges(size: int, columns: int) -> list[tuple[int, int]]:
@@ -131,15 +123,14 @@ class Layer:
         in_pieces = cuts.wa < self.width
         out = x  # of the size of x
         whole = cuts.y == self.hidden
-        x_gradient = fixed + out + h + w2 + dw + x + dx_part + (wa if cuts.beside else 0)
         return {
             "up": fixed + h + a + (y if cuts.parts > 1 else 0) + (copy if cuts.copy_up else 0),
             "down": fixed + h + a + (y if whole else out + y_part),
             "combine": fixed + h + y_part + out,
             "activation_gradient": fixed + out + h + wa + partial
             + (w2 if in_pieces else 0) + (y if cuts.copy_gradient else 0),
-            "down_gradient": x_gradient if cuts.beside else fixed + out + h + wa + w2 + partial,
-            "x_gradient": x_gradient,
+            "down_gradient": fixed + out + h + wa + w2 + partial,
+            "x_gradient": fixed + out + h + w2 + dw + x + dx_part,
             "up_gradient": fixed + out + h + w2 + dw + x + w1,
         }  # fmt: skip
 
@@ -192,8 +183,6 @@ def cut(layer: Layer) -> Cuts:
         [replace(cuts, wa=columns) for columns in wa], "activation_gradient", "down_gradient"
     )
     cuts = choose([replace(cuts, dx=columns) for columns in _columns(hidden)], "x_gradient")
-    if cuts.wa == width >= _WIDE and cuts.dx == hidden and layer.top_k <= MOST_BESIDE:
-        cuts = choose([replace(cuts, beside=True), cuts], "x_gradient")
     copies = replace(cuts, copy_up=True, copy_gradient=cuts.wa == width)
     timeline = layer.timeline(copies)
     return replace(

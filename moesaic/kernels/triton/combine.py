@@ -11,11 +11,6 @@ import triton.language as tl
 
 from moesaic.kernels.triton.launch import Launcher
 
-MOST_BESIDE = 8
-"""Experts a token whose rows `combine_beside` can keep on the way at once."""
-_PROGRAMS = 24  # of an H200's 132: 16 to 32 differ by 0.5 %
-_WARPS = 32
-
 
 def combine(
     y_ND: torch.Tensor,
@@ -39,34 +34,6 @@ def combine(
         (tokens, triton.cdiv(hidden, block)),
         y_ND, inverse_N, weights_TK, out_TD, hidden, out_TD.stride(0), top_k, block,
         weights_TK is not None, num_warps=max(1, block // 256),
-    )  # fmt: skip
-    return out_TD
-
-
-def combine_beside(
-    y_ND: torch.Tensor, inverse_N: torch.Tensor, out_TD: torch.Tensor
-) -> torch.Tensor:
-    """Do what `combine` does without weights, bit by bit, by few programs beside the next kernel.
-
-    That kernel is launched with `launch_pdl=True` right behind this one. It may begin when all
-    programs of this one run, each on a multiprocessor of its own: it takes the others at once and
-    these when they are free, so that reading y hides behind its products. It must touch neither y
-    nor out, and each of its programs must end with `griddepcontrol.wait`: then what comes after it
-    finds out_TD written. All tensors are contiguous; K is at most MOST_BESIDE.
-    """
-    assert y_ND.is_contiguous()
-    assert out_TD.is_contiguous()
-    tokens, hidden = out_TD.shape
-    if tokens == 0:
-        return out_TD
-    top_k = inverse_N.shape[0] // tokens
-    assert top_k <= MOST_BESIDE
-    block = min(triton.next_power_of_2(hidden), 1024)
-    each = 16 if top_k <= MOST_BESIDE // 2 else 8  # numbers of a row in a thread's 64 registers
-    _start_combine_beside(
-        (_PROGRAMS,),
-        y_ND, inverse_N, out_TD, tokens, hidden, top_k, 32 * _WARPS * each // block, block,
-        out_TD.is_cuda, num_warps=_WARPS,
     )  # fmt: skip
     return out_TD
 
@@ -135,47 +102,6 @@ def _combine(
 
 
 @triton.jit
-def _places(inverse_ptr, unit, pieces, tokens, t, TOP_K: tl.constexpr, TOKENS: tl.constexpr):
-    """Where the rows of a unit's tokens lie, a tensor for each k; -1 past the last token."""
-    token = unit // pieces * TOKENS + t
-    rows = ()
-    for k in tl.static_range(TOP_K):
-        place = inverse_ptr + token.to(tl.int64) * TOP_K + k
-        rows = rows + (tl.load(place, mask=token < tokens, other=-1),)  # type: ignore[assignment]  # noqa: RUF005
-    return rows
-
-
-@triton.jit
-def _combine_beside(
-    y_ptr, inverse_ptr, out_ptr, tokens, hidden,
-    TOP_K: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """A unit is TOKENS tokens, BLOCK columns; its rows and the next places are read at once."""
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
-    t = tl.arange(0, TOKENS)
-    c = tl.arange(0, BLOCK)
-    pieces = tl.cdiv(hidden, BLOCK)
-    units = tl.cdiv(tokens, TOKENS) * pieces
-    rows = _places(inverse_ptr, tl.program_id(0), pieces, tokens, t, TOP_K, TOKENS)
-    for unit in range(tl.program_id(0), units, tl.num_programs(0)):
-        column = unit % pieces * BLOCK + c
-        values = ()
-        for k in tl.static_range(TOP_K):
-            where = y_ptr + rows[k].to(tl.int64)[:, None] * hidden + column[None, :]
-            mask = (rows[k] >= 0)[:, None] & (column < hidden)[None, :]
-            values = values + (tl.load(where, mask=mask, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
-        rows = _places(inverse_ptr, unit + tl.num_programs(0), pieces, tokens, t, TOP_K, TOKENS)
-        total = tl.zeros((TOKENS, BLOCK), tl.float32)
-        for k in tl.static_range(TOP_K):
-            total += values[k].to(tl.float32)
-        token = unit // pieces * TOKENS + t
-        where = out_ptr + token.to(tl.int64)[:, None] * hidden + column[None, :]
-        mask = (token < tokens)[:, None] & (column < hidden)[None, :]
-        tl.store(where, total.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
 def _weight_gradient(
     partial_ptr, inverse_ptr, out_ptr, rows, parts, PARTS: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -188,5 +114,4 @@ def _weight_gradient(
 
 
 _start_take, _start_combine = Launcher(_take), Launcher(_combine)
-_start_combine_beside = Launcher(_combine_beside)
 _start_weight_gradient = Launcher(_weight_gradient)

@@ -7,8 +7,6 @@ An expert without rows gets zeros.
 A tile takes as long as its expert has rows. Programs therefore draw tiles from a counter when they
 need one, those of the largest expert first, and the producer tells the consumers which. Who
 computes a tile depends on timing, its bits do not: one program sums its rows in their order.
-
-The kernel may be launched to run beside the end of the one before it (`combine.combine_beside`).
 """
 
 from __future__ import annotations
@@ -167,10 +165,6 @@ def _producer(
     if gl.atomic_add(tickets_ptr + 1, 1) == gl.num_programs(0) - 1:
         gl.store(tickets_ptr, 0)
         gl.store(tickets_ptr + 1, 0)
-    # Our end is taken for that of the kernel that we run beside, if any.
-    gl.inline_asm_elementwise(
-        "griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )
 
 
 @gluon.jit

@@ -6,10 +6,10 @@ Forward: routing metadata, h and a = act(gate) * up in one product with the gath
 activation behind it, y = a @ down, weighted sum over a token's rows. Kept for the backward pass: x
 and h (2D + 4KI bytes a token in bf16) and the metadata. Backward: one product gives dh, weight * a
 and the routing weights' gradient; the two weight gradients gather x and the output's gradient
-inside; dx is summed over a token's rows, beside `down`'s gradient where there is room for both. dh
-takes the place of h, which a second pass through the same graph computes anew. Where these would
-hold more than what is kept and returned, products are taken in the pieces that `budget` names. The
-algebra is that of SonicMoE (arXiv 2512.14080, section 4); kernels and code are our own.
+inside; dx is summed over a token's rows. dh takes the place of h, which a second pass through the
+same graph computes anew. Where these would hold more than what is kept and returned, products are
+taken in the pieces that `budget` names. The algebra is that of SonicMoE (arXiv 2512.14080, section
+4); kernels and code are our own.
 
 On Hopper the products are those of `products`, elsewhere those of `portable`; a few tokens without
 gradient take `decode`.
@@ -173,7 +173,6 @@ def _backward_here(
         h_NJ = torch.empty_like(h_NJ)
         multiply.up(x_TD, gate_up_EJD, h=h_NJ)
     dh_NJ: Any = None if spend is None else h_NJ
-    beside = multiply.cuts.beside and needs_x and needs_gate_up and needs_down
     pieces, partials = ranges(width, multiply.cuts.wa), []
     if needs_down and len(pieces) > 1:
         d_down = down_EDI.new_empty(down_EDI.shape)
@@ -183,11 +182,11 @@ def _backward_here(
             grad_TD, down_EDI, h_NJ, clear=sentinels, columns=part, dh=dh_NJ
         )
         partials.append(partial)
-        if needs_down and not beside:
+        if needs_down:
             piece = None if d_down is None else d_down[:, :, slice(*columns)]
             found = multiply.down_gradient(grad_TD, wa_NI, out=piece)
             d_down = found if d_down is None else d_down
-        wa_NI = wa_NI if beside else None
+        del wa_NI
     if spend is not None:
         spend["spent"] = True
     del h_NJ
@@ -195,11 +194,7 @@ def _backward_here(
         partial = partials[0] if len(partials) == 1 else torch.cat(partials, 1)
         d_weights = weight_gradient(partial, routing.inverse_N, torch.empty_like(weights_TK))
     del partials, partial
-    if beside:
-        d_x, d_down = torch.empty_like(x_TD), down_EDI.new_empty(down_EDI.shape)
-        multiply.x_beside_down(dh_NJ, gate_up_EJD, d_x, grad_TD, wa_NI, d_down)
-        wa_NI = None
-    elif needs_x:
+    if needs_x:
         d_x = multiply.x_gradient_summed(dh_NJ, gate_up_EJD, torch.empty_like(x_TD))
     if needs_gate_up:
         d_gate_up = multiply.up_gradient(x_TD, dh_NJ)

@@ -15,7 +15,7 @@ import torch
 from moesaic.kernels.reference import Activation
 from moesaic.kernels.triton import portable
 from moesaic.kernels.triton.budget import Layer, cut, ranges
-from moesaic.kernels.triton.combine import combine, combine_beside
+from moesaic.kernels.triton.combine import combine
 from moesaic.kernels.triton.metadata import TILE_ROWS, Routing
 
 _HOPPER = 9  # compute capability with the instructions of `products`
@@ -50,8 +50,8 @@ class Products:
         self.hopper = hopper(x_TD.device) and routing.tile_rows == TILE_ROWS
         top_k = rows // max(1, tokens)
         self.cuts = cut(Layer(tokens, hidden, width, experts, top_k, x_TD.itemsize))
-        if not self.hopper:  # whose products know no pieces of h, and run one after the other
-            self.cuts = replace(self.cuts, wa=width, beside=False)
+        if not self.hopper:  # whose products know no pieces of h
+            self.cuts = replace(self.cuts, wa=width)
         self._about: dict[str, Any] = {
             "shape": (hidden, width, experts),
             "rows": rows,
@@ -103,21 +103,6 @@ class Products:
         """Fill out_TD with the sums of dh @ gate_up's rows, some columns at a time."""
         return self._summed(self.x_gradient, dh_NJ, gate_up_EJD, 2, out_TD, self.cuts.dx)
 
-    def x_beside_down(
-        self,
-        dh_NJ: torch.Tensor,
-        gate_up_EJD: torch.Tensor,
-        d_x_TD: torch.Tensor,
-        grad_TD: torch.Tensor,
-        wa_NI: torch.Tensor,
-        d_down_EDI: torch.Tensor,
-    ) -> None:
-        """Fill d_x and d_down: the sums of dh @ gate_up's rows run beside `down_gradient`."""
-        y_ND = self.x_gradient(dh_NJ, gate_up_EJD)
-        combine_beside(y_ND, self.routing.inverse_N, d_x_TD)
-        # Nothing is launched in between, nor is y freed: d_down was made before.
-        self.down_gradient(grad_TD, wa_NI, out=d_down_EDI, beside=True)
-
     def _summed(
         self,
         product: Callable[..., torch.Tensor],
@@ -162,17 +147,11 @@ class Products:
         return self._run("up_gradient", "outer", x, dh, transposed=True)
 
     def down_gradient(
-        self,
-        grad: torch.Tensor,
-        wa: torch.Tensor,
-        *,
-        out: torch.Tensor | None = None,
-        beside: bool = False,
+        self, grad: torch.Tensor, wa: torch.Tensor, *, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """In `out`, if given; `beside` what `combine_beside` launched right before."""
         how: dict[str, Any] = {"transposed": False}
         if self.hopper:
-            how |= {"out": out, "finally_": {"beside": beside}}
+            how["out"] = out
         return self._run("down_gradient", "outer", grad, wa, **how)
 
     def _run(

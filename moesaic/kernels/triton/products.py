@@ -265,14 +265,11 @@ def outer(
     *,
     transposed: bool = False,
     out: torch.Tensor | None = None,
-    beside: bool = False,
 ) -> torch.Tensor:
     """Return [E, M, C], the sum over an expert's rows s of a[token of s] (x) b[s].
 
     `transposed`: [E, C, M] instead. In `out`, if given: if M is a multiple of 64, these may be some
     columns of contiguous matrices.
-
-    `beside`: begin while `combine_beside`, launched right before, still runs.
     """
     experts, m, n = routing.ends_E.shape[0], a_TM.shape[1], b_NC.shape[1]
     if out is None:
@@ -299,6 +296,5 @@ def outer(
         launch.stages,
         launch.buffers,
         *_warps(gather=True)[:3],
-        launch_pdl=beside,
     )
     return out
