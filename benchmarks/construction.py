@@ -5,8 +5,8 @@
 
 A dense model is converted by every method, and most conversions are trained on at equal budgets.
 The learning rate of a method, a number of active experts and a budget is chosen on one half of the
-held-out documents and scored on the other, both ways, by the first seed's runs: rates of `GRID` for
-the first budget, further ones while the best lies at an end; for a longer budget the last one's
+held-out documents and once more on the other, by the first seed's runs: rates of `GRID` for the
+first budget, further ones while the best lies at an end; for a longer budget the last one's
 best and the next higher one, still higher ones while the highest is best. (Training text that is
 kept back cannot choose: the dense model has seen it.)
 
@@ -108,6 +108,8 @@ class Plan:
     experts: int = 8
     finer: tuple[int, ...] = (16, 32)
     grid: tuple[float, ...] = GRID
+    patient: bool = True
+    """Whether a rate is known only when all that are wanted were tried; the page shows the rest."""
     rows: dict[tuple[Any, ...], Job] = field(default_factory=dict)
     dropped: set[tuple[str, int]] = field(default_factory=set)
     """Methods and numbers of active experts of which a run failed."""
@@ -227,22 +229,22 @@ class Plan:
     def rate(self, method: str, top_k: int, budget: int) -> float | None:
         """The best rate at a budget; None while runs for it are missing."""
         wanted, tried = self.wanted(method, top_k, budget), self.tried(method, top_k, budget)
-        if wanted is None or any(rate not in tried for rate in wanted):
+        if wanted is None or (self.patient and any(rate not in tried for rate in wanted)):
             return None
         return self.lowest(method, top_k, budget)
 
     def lowest(self, method: str, top_k: int, budget: int) -> float | None:
-        """The rate of lowest loss so far, whole held-out text; None when nothing was tried."""
+        """The rate of lowest loss so far, both halves; None when nothing was tried."""
         known = self._finite(method, top_k, budget)
         return min(known, key=lambda rate: sum(known[rate])) if known else None
 
     def scored(self, method: str, top_k: int, budget: int) -> float | None:
-        """The first seed's loss: each half of the text under the rate that the other chooses."""
-        known = self._finite(method, top_k, budget).values()
+        """The first seed's loss; the mean of two where the halves of the text choose two rates."""
+        known, tried = self._finite(method, top_k, budget), self.tried(method, top_k, budget)
         if not known:
             return None
-        chosen = (min(known, key=lambda halves: halves[1 - half])[half] for half in (0, 1))
-        return sum(chosen) / 2
+        chosen = (min(known, key=lambda rate: known[rate][half]) for half in (0, 1))
+        return sum(tried[rate]["loss"] for rate in chosen) / 2
 
     def _finite(self, method: str, top_k: int, budget: int) -> dict[float, list[float]]:
         """Losses on both halves by rate; a run that diverged has none."""
@@ -485,6 +487,7 @@ def main() -> None:
         best=options.best,
         finer=tuple(options.finer),
         grid=tuple(options.grid),
+        patient=not options.table,
     )
     known = read_rows([*options.rows, options.out / "rows.jsonl"], plan, settings)
     for row in known:

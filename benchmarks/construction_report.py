@@ -127,9 +127,10 @@ def conditions(plan: Plan, settings: dict[str, Any]) -> str:
         "bf16 autocast over float32 weights; every row of a seed sees the same tokens in the same "
         "order. Balance loss and noise are the model's own; a pruned model's gate is not trained. "
         f"{len(trained)} runs. Learning rates of every budget are chosen on one half of the "
-        "held-out documents and scored on the other, both ways, by the first seed; other seeds "
-        "take the best of the whole. Tried are at the first budget a grid and whatever lies beyond "
-        "a best end, at a longer one the best rate of the one before and higher ones."
+        "held-out documents, and once more on the other, by the first seed; where they choose "
+        "two, the mean of both runs stands. Other seeds take the best of the whole. Tried are at "
+        "the first budget a grid and whatever lies beyond a best end, at a longer one the best "
+        "rate of the one before and higher ones."
     )
 
 
@@ -161,7 +162,7 @@ def rates(plan: Plan) -> Iterable[str]:
                     continue
                 cells = []
                 for lr, row in sorted(tried.items()):
-                    loss = "diverged" if row["halves"] is None else f"{_whole(row):.4f}"
+                    loss = "diverged" if row["halves"] is None else f"{row['loss']:.4f}"
                     cells.append(f"**{lr:g}: {loss}**" if lr == best else f"{lr:g}: {loss}")
                 active = "all" if method == DENSE else f"{top_k}/{plan.experts}"
                 table.append([method, active, f"{budget / 1e6:g} M", ", ".join(cells)])
@@ -226,18 +227,13 @@ def _losses(plan: Plan, method: str, top_k: int, budget: int) -> list[float]:
     """Losses by seed at the chosen rate; at budget 0 those of the conversions."""
     if budget == 0:
         rows = [r for r in _conversions(plan) if (r["method"], r["top_k"]) == (method, top_k)]
-        return [_whole(row) for row in rows if row["experts"] == plan.experts]
+        return [row["loss"] for row in rows if row["experts"] == plan.experts]
     rate, first = plan.rate(method, top_k, budget), plan.scored(method, top_k, budget)
     if rate is None or first is None:
         return []
     wanted = ("train", method, plan.experts, top_k)
     others = [plan.rows.get((*wanted, seed, budget, rate)) for seed in plan.seeds[1:]]
-    return [first, *(_whole(row) for row in others if row and row["halves"])]
-
-
-def _whole(row: dict[str, Any]) -> float:
-    """The mean of both halves of the held-out documents."""
-    return sum(row["halves"]) / 2
+    return [first, *(row["loss"] for row in others if row and row["halves"])]
 
 
 def _figure(losses: list[float], plan: Plan) -> str:

@@ -23,6 +23,7 @@ __all__ = ["Construction", "Stage"]
 _ROUNDS = 10
 """Rounds of a split that alternates."""
 _SPLIT_TOKENS = 65_536
+_ASSIGN_SECONDS = 1.3e-7  # a neuron and expert, on one core (14336 x 8, 11008 x 16 measured)
 """Tokens that a split and a router look at."""
 _RUNTIME = 2_500_000_000
 """Bytes of host memory of Python, torch and CUDA's libraries."""
@@ -39,6 +40,8 @@ class Stage:
     """Operations in float64: factors and what is solved with them."""
     moved: float = 0.0
     written: float = 0.0
+    assigned: float = 0.0
+    """Neurons times experts that are assigned to one another on the host."""
 
     def seconds(self, machine: Machine) -> float:
         """How long it takes."""
@@ -47,6 +50,7 @@ class Stage:
             + self.double / machine.double
             + self.moved / machine.memory_rate
             + self.written / machine.disk_rate
+            + self.assigned * _ASSIGN_SECONDS
         )
 
 
@@ -97,12 +101,13 @@ class Construction:
             yield Stage("split", L * _ROUNDS * 2 * F * E * 2 * D, moved=L * _ROUNDS * F * 2 * D * 4)
         router = _Ridge(D + 1, E, 4)
         if self.split_sees == "text":
-            # a round: energies of experts, a router for them, gains of neurons. Before it two
-            # k-means on an eighth of the tokens, 20 rounds at most.
+            # a round: energies of experts, a router for them, gains of neurons, an assignment.
+            # Before it two k-means on an eighth of the tokens, 20 rounds at most.
+            assigned = (_ROUNDS + 2 * 20) * F * E
             products = _ROUNDS * 4 * few * F * E + 2 * 20 * 4 * (few // 8) * F * E + 2 * few * D * D
             moved = (_ROUNDS * 2 + 6) * few * F * 4
             double = router.factors + _ROUNDS * router.solutions
-            yield Stage("split", L * products, L * double, L * moved)
+            yield Stage("split", L * products, L * double, L * moved, assigned=L * assigned)
         if self.router_sees == "text":
             double = router.factors + router.solutions
             yield Stage("router", L * 2 * few * D * D, L * double, L * 2 * few * F * 4)
@@ -162,6 +167,7 @@ class Construction:
             products + sum(part.products for part in parts),
             sum(part.double for part in parts),
             measured * self.vocabulary * 4 * 6 + sum(part.moved for part in parts),
+            assigned=sum(part.assigned for part in parts),
         )
 
     def convert(self) -> Stage:

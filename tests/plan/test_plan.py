@@ -140,6 +140,7 @@ def test_times_follow_from_the_rates() -> None:
     rates = ("float32", "double", "memory_rate", "disk_rate")
     fast = dataclasses.replace(MACHINE, **{rate: 4 * getattr(MACHINE, rate) for rate in rates})
     quick = plan(name, machine=fast).seconds["construct"]
+    assert quick["split"] < plain.pop("split")  # neurons are assigned on the host, at its own rate
     for stage, seconds in plain.items():
         assert quick[stage] == pytest.approx(seconds / 4)
     more = plan(name, machine=MACHINE, overrides=["tokens=352256"]).seconds["construct"]
@@ -171,7 +172,7 @@ def test_a_training_run_is_counted_from_its_recipe(dense: Path) -> None:
 
 def test_a_graphics_card_by_its_data_sheet() -> None:
     card = data_sheet("h200", disk_rate=1e9)
-    assert card.model == pytest.approx(0.5 * 989e12)
+    assert card.model == pytest.approx(0.7 * 989e12)
     assert "not measured" in card.source
 
 

@@ -46,35 +46,39 @@ def _prices(gain_FE: NDArray[np.float64], size: int, *, sweeps: int = 3) -> NDAr
     """
     count, experts = gain_FE.shape
     price_E = np.zeros(experts)
+    net_EF = np.ascontiguousarray(gain_FE.T)  # rows of neurons: experts are few
     for _ in range(sweeps if experts > 1 else 0):
         for expert in range(experts):
-            net_FE = gain_FE - price_E
-            net_FE[:, expert] = -np.inf
-            margin_F = gain_FE[:, expert] - net_FE.max(1)
+            others_EF = np.delete(net_EF, expert, 0)
+            margin_F = net_EF[expert] + price_E[expert] - others_EF.max(0)
             next_one, last_one = np.partition(margin_F, [count - size - 1, count - size])[
                 count - size - 1 : count - size + 1
             ]
-            price_E[expert] = (next_one + last_one) / 2
+            price = (next_one + last_one) / 2
+            net_EF[expert] += price_E[expert] - price
+            price_E[expert] = price
     return price_E
 
 
 def _greedy(gain_FE: NDArray[np.float64], size: int) -> NDArray[np.int64]:
-    """Most decided neurons first, each to its best expert that has room."""
-    count, experts = gain_FE.shape
-    labels = np.empty(count, np.int64)
+    """Each neuron to its best expert; where too many want one, the less decided go elsewhere."""
+    gain_EF = np.ascontiguousarray(gain_FE.T)
+    experts = len(gain_EF)
+    labels = gain_EF.argmax(0)
+    if experts == 1:
+        return labels
+    margin_F = np.diff(np.partition(gain_EF, experts - 2, axis=0)[-2:], axis=0)[0]
     room = np.full(experts, size)
-    if experts > 1:
-        two = np.partition(gain_FE, experts - 2, axis=1)[:, -2:]
-        order = np.argsort(-(two[:, 1] - two[:, 0]), kind="stable")
-    else:
-        order = np.arange(count)
-    wishes_FE = np.argsort(-gain_FE, axis=1, kind="stable")
-    for neuron in order:
-        for expert in wishes_FE[neuron]:
-            if room[expert]:
-                labels[neuron] = expert
-                room[expert] -= 1
-                break
+    turned_away = []
+    for expert in range(experts):
+        wanted = np.flatnonzero(labels == expert)
+        if len(wanted) > size:
+            order = np.argsort(-margin_F[wanted], kind="stable")
+            turned_away.append(wanted[order[size:]])
+        room[expert] -= min(size, len(wanted))
+    for neuron in np.concatenate(turned_away) if turned_away else ():
+        labels[neuron] = expert = int(np.where(room > 0, gain_EF[:, neuron], -np.inf).argmax())
+        room[expert] -= 1
     return labels
 
 
