@@ -185,8 +185,8 @@ class Plan:
                 best = self.ranked("train")[: self.best]
                 if not best:
                     return
-                longest = {*best, "v2 residual", "v1 random", DENSE}
-                sizes = [size for size in sizes if size[0] in {*longest, SCRATCH}]
+                always = {"v2 residual", "v1 random", DENSE, SCRATCH}
+                sizes = [size for size in sizes if size[0] in {*best, *always}]
             for method, top_k in sizes:
                 rates = self.wanted(method, top_k, budget) or []
                 yield from (self.run(method, top_k, seed, budget, rate) for rate in rates)
