@@ -291,6 +291,8 @@ class Master:
         self.deaths = 0
         self.convert_seconds: dict[str, float] = {}
         self.overhead, self.rate = 8.0, options.speed
+        self.text: threading.Thread | None = None
+        """Prepares the text that is trained on, while conversions run."""
         self.workers = [self._spawn(i) for i in range(options.workers)]
 
     def _spawn(self, index: int) -> Worker:
@@ -316,13 +318,14 @@ class Master:
         """Work until nothing is left or the time is up."""
         try:
             while True:
+                waiting = self.text is not None and self.text.is_alive()
                 for worker in self.workers:
                     if worker.ready and worker.job is None and (job := self._next()) is not None:
                         worker.job, worker.since = job, time.monotonic()
                         worker.channel.send(job)
                 busy = [w for w in self.workers if w.job is not None or not w.ready]
                 if all(w.job is None for w in self.workers) and (
-                    (not busy and not self._waits()) or time.monotonic() > self.end
+                    (not busy and not waiting) or time.monotonic() > self.end
                 ):
                     break
                 if time.monotonic() > self.end + 5:
@@ -403,11 +406,6 @@ class Master:
             if key(job) not in taken | self.failed and self._seconds(job) < left:
                 return job
         return None
-
-    def _waits(self) -> bool:
-        """Whether text for training is still being prepared."""
-        wanted = {job["seed"] for job in self.plan.trainings() if self._missing(job)}
-        return not all(self.place.blocks(seed).is_file() for seed in wanted)
 
     def _missing(self, job: Job) -> bool:
         return not self.plan.has(job) and key(job) not in self.failed
@@ -512,7 +510,8 @@ def main() -> None:
     master = Master(options, plan, bench)  # the workers import while the text is prepared
     master.place.prepare([], 0)
     training_text = (options.seeds, max(options.budgets, default=0))
-    threading.Thread(target=master.place.prepare, args=training_text, daemon=True).start()
+    master.text = threading.Thread(target=master.place.prepare, args=training_text, daemon=True)
+    master.text.start()
     master.run()
 
 

@@ -98,10 +98,11 @@ class Bench:
             }
             path.write_text(json.dumps(rows))
         blocks = tokens // self.settings.block
-        for seed in seeds if blocks else ():
+        missing = [seed for seed in seeds if blocks and self._blocks_of(seed) < blocks]
+        for seed in missing:  # of a call with smaller budgets, before a run takes them
+            self.blocks(seed).unlink(missing_ok=True)
+        for seed in missing:
             path = self.blocks(seed)
-            if path.is_file() and len(np.load(path, mmap_mode="r")) >= blocks:
-                continue
             domains = open_tokens(self._text("train"), tokenizer, cache=self.work / "tokens")
             stream = MixtureStream(domains, block=self.settings.block, seed=seed)
             drawn = [stream.next_block()[1].astype(np.uint16) for _ in range(blocks)]
@@ -112,6 +113,10 @@ class Bench:
     def blocks(self, seed: int) -> Path:
         """The blocks of text that a seed's runs are trained on."""
         return self.work / f"blocks-{seed}.npy"
+
+    def _blocks_of(self, seed: int) -> int:
+        path = self.blocks(seed)
+        return len(np.load(path, mmap_mode="r")) if path.is_file() else 0
 
     def _text(self, part: str) -> dict[str, str]:
         return {d: str(self.corpus / d / f"{part}.jsonl") for d in DOMAINS}

@@ -102,16 +102,15 @@ def finer_experts(plan: Plan) -> Iterable[str]:
                 row["loss"]
             )
     numbers = [plan.experts, *plan.finer]
-    wider = {method for (method, _), by in found.items() if any(n in by for n in plan.finer)}
-    if not wider or dense is None:
+    found = {key: by for key, by in found.items() if any(n in by for n in plan.finer)}
+    if not found or dense is None:
         return []
     heads = ["method", "active share", *(f"{n} experts" for n in numbers), "gaps"]
     table = []
     for (method, share), by in sorted(found.items(), key=lambda item: (item[0][1], item[0][0])):
-        if method in wider:
-            gaps = [f"{statistics.mean(by[n]) - dense:.3f}" if n in by else "–" for n in numbers]
-            cells = [_figure(by.get(n, []), plan) for n in numbers]
-            table.append([method, f"{share:.0%}", *cells, ", ".join(gaps)])
+        gaps = [f"{statistics.mean(by[n]) - dense:.3f}" if n in by else "–" for n in numbers]
+        cells = [_figure(by.get(n, []), plan) for n in numbers]
+        table.append([method, f"{share:.0%}", *cells, ", ".join(gaps)])
     return _table(heads, table)
 
 
@@ -130,7 +129,7 @@ def conditions(plan: Plan, settings: dict[str, Any]) -> str:
         "held-out documents, and once more on the other, by the first seed; where they choose "
         "two, the mean of both runs stands. Other seeds take the best of the whole. Tried are at "
         "the first budget a grid and whatever lies beyond a best end, at a longer one the best "
-        "rate of the one before and higher ones."
+        "rate of the one before and higher ones; where an asterisk stands, not all of these were."
     )
 
 
@@ -144,7 +143,12 @@ def trained(plan: Plan, top_k: int) -> Iterable[str]:
         if any(by[1:]):
             rows = [r for b in plan.budgets for r in plan.tried(method, size, b).values()]
             active = f"{rows[0]['active_parameters'] / 1e6:.2f} M" if rows else ""
-            table.append([method, *(_figure(losses, plan) for losses in by), active])
+            cells = [_figure(losses, plan) for losses in by]
+            for place, budget in enumerate(plan.budgets, start=1):
+                wanted = plan.wanted(method, size, budget) or []
+                if cells[place] and any(r not in plan.tried(method, size, budget) for r in wanted):
+                    cells[place] += " \\*"
+            table.append([method, *cells, active])
     table.sort(key=lambda cells: cells[-2] or cells[-3] or cells[-4])
     return _table(heads, table)
 
@@ -158,7 +162,7 @@ def rates(plan: Plan) -> Iterable[str]:
             for budget in plan.budgets:
                 tried = plan.tried(method, top_k, budget)
                 best = plan.lowest(method, top_k, budget)
-                if len(tried) < 2:
+                if not tried:
                     continue
                 cells = []
                 for lr, row in sorted(tried.items()):
@@ -190,7 +194,8 @@ def figure(plan: Plan, path: Path) -> bool:
             some = True
             look: dict[str, Any] = {"color": "black", "linestyle": "--"}
             if method != DENSE:
-                look = {"color": f"C{number % 10}", "linestyle": "-" if number < 11 else ":"}
+                style = ("-", ":", "-.")[(number - 1) // 10]
+                look = {"color": f"C{number % 10}", "linestyle": style}
             axes.plot(*zip(*known, strict=True), marker="o", markersize=3, label=method, **look)
         axes.set_xticks(range(len(points)), [f"{b / 1e6:g} M" for b in points])
         axes.set_title(f"{top_k} of {plan.experts} experts active")

@@ -2,8 +2,9 @@
 
 Source: LLaMA-MoE (arXiv 2406.16554), noisy top-k of Shazeer et al. (arXiv 1701.06538), Switch
 (arXiv 2101.03961). Logits, noise, choice and probabilities are float32 whatever the model's dtype:
-in bf16, ties among experts change the choice. Load counts tokens, importance sums weights; rows
-that `valid_T` marks False (padding) count in neither.
+in bf16, ties among experts change the choice. Load counts tokens, importance sums scores (of one
+chosen expert of weight near one: beside the next best); rows that `valid_T` marks False (padding)
+count in neither.
 
 Notation: T tokens, D hidden size, E experts, K chosen experts of a token.
 """
@@ -114,19 +115,10 @@ class Gate(nn.Module):
     def _weights(
         self, logits_TE: torch.Tensor, ids_TK: torch.Tensor, scores_TK: torch.Tensor
     ) -> torch.Tensor:
-        """Weights [T, K] of the chosen experts: their scores, or 1 + u_e * s_e.
-
-        The latter have the gradient of (1 + u_e) * s_e: with u at 0 the router would have none.
-        """
+        """Weights [T, K] of the chosen experts: their scores, or `near_one`."""
         if self.correction is None:
             return scores_TK
-        # All experts' weights first: the gradient of correction[ids] would add up T * K numbers
-        # one after the other, a fifth of a training step on a GPU.
-        shares_TE = logits_TE.softmax(dim=-1)
-        weights_TE = 1.0 + self.correction.float() * shares_TE
-        if torch.is_grad_enabled():
-            weights_TE = weights_TE + (shares_TE - shares_TE.detach())
-        return weights_TE.gather(1, ids_TK)
+        return near_one(logits_TE.softmax(dim=-1), self.correction, ids_TK)
 
     def _measured(
         self, ids_TK: torch.Tensor, scores_TK: torch.Tensor, valid_T: torch.Tensor | None
@@ -218,8 +210,8 @@ class TopKBalancedNoisyGate(Gate):
         load_E, importance_E = self._measured(ids_TK, scores_TK, valid_T)
         if self.correction is not None and K == 1 and E > 1:
             # the score of one chosen expert is 1 and pulls nothing; beside the next best it does
-            nearest_T2, ids_T2 = logits_TE.topk(2, dim=-1)
-            _, importance_E = self._measured(ids_T2, nearest_T2.softmax(dim=-1), valid_T)
+            best_T2, ids_T2 = (logits_TE if noise_TE is None else ranked_TE).topk(2, dim=-1)
+            _, importance_E = self._measured(ids_T2, best_T2.softmax(dim=-1), valid_T)
         if noise_TE is not None and sigma_TE is not None and K < E:
             judged_TE = noise_TE if self.load_rule == "original" else ranked_TE
             threshold_in_T1, threshold_out_T1 = top_TK1[:, K : K + 1], top_TK1[:, K - 1 : K]
@@ -406,6 +398,22 @@ GATES: dict[str, type[Gate]] = {
     )
 }
 """The names that a config's `gate_type` may have (those of the original program)."""
+
+
+def near_one(
+    shares_TE: torch.Tensor, correction_E: torch.Tensor, ids_TK: torch.Tensor
+) -> torch.Tensor:
+    """Weights of the chosen experts, [T, K]: 1 + u_e * s_e, with the gradient of (1 + u_e) * s_e.
+
+    u is learned and starts at zero, where the router would have no gradient else. With one chosen
+    expert that gradient makes training worse (benchmarks/construction.md); u moves first there.
+    """
+    # All experts' weights first: the gradient of correction[ids] would add up T * K numbers one
+    # after the other, a fifth of a training step on a GPU.
+    weights_TE = 1.0 + correction_E.float() * shares_TE
+    if ids_TK.shape[1] > 1 and torch.is_grad_enabled():
+        weights_TE = weights_TE + (shares_TE - shares_TE.detach())
+    return weights_TE.gather(1, ids_TK)
 
 
 def squared_variation(values_E: torch.Tensor) -> torch.Tensor:

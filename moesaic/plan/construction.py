@@ -80,9 +80,11 @@ class Construction:
     all), and whether predictions count.
     """
     active: float
-    """Share of the routed neurons that a token uses."""
+    """Share of the neurons that a token uses."""
     tokens: int
     context: int
+    distilled: float = 1.0
+    """Share of the neurons that refining computes for a token: all of them on a GPU."""
     priced: int = 0
     """Numbers of active experts that are tried in each layer; 0: all layers have the same."""
 
@@ -135,7 +137,7 @@ class Construction:
             heads = predicts * sum(found == later for later, found in enumerate(frozen))
             trained = passes * T * 7 / 8
             through = 2 * self.attention + 6 * D * F
-            block = 2 * self.attention + 6 * D * F * self.active
+            block = 2 * self.attention + 6 * D * F * self.distilled
             # forward and twice that backward; in the dense layers ahead and the head once
             trained_products = trained * (L * 3 * block + 2 * sum(frozen) * through)
             trained_products += trained * heads * 3 * 2 * D * self.vocabulary

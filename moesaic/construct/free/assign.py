@@ -17,10 +17,11 @@ def assign(gain_FE: NDArray[np.floating], *, rounds: int = 200) -> NDArray[np.in
     Starts from a greedy division under prices that fill the experts evenly, and cancels negative
     cycles among the E experts: an edge a -> b is the cheapest neuron to move from a to b; while
     some cycle gains, its neurons move. That ends at the optimum of the transport problem with
-    memory F x E and no F x F matrix.
+    memory F x E and no F x F matrix, or after `rounds` * E cycles.
     """
     count, experts = gain_FE.shape
     size = count // experts
+    assert count == experts * size
     exact_FE = np.asarray(gain_FE).astype(np.float64)
     labels = _greedy(exact_FE - _prices(exact_FE, size), size)
     least = 1e-9 * max(float(np.abs(exact_FE).max(initial=0.0)), 1e-300)

@@ -49,8 +49,10 @@ class Energy(CalibratedSplit):
             view.facts.setdefault("captured", []).append(round(share, 4))
             if share > best[0]:
                 best = (share, labels)
+            if step == self.rounds:
+                break
             moved = _assign(energy_TR.T @ chosen_TE)
-            if step == self.rounds or bool((moved == labels).all()):
+            if bool((moved == labels).all()):
                 break
             labels = moved
         found = rest.cpu().numpy()

@@ -30,6 +30,7 @@ from moesaic.kernels.router import Scheme
 from moesaic.models.balance import layer_balance, pooled_balance
 from moesaic.models.decoder import Decision, DenseMLP, Experts, Router
 from moesaic.models.family import Family
+from moesaic.models.gates import near_one
 from moesaic.models.layouts import qwen_layout
 from moesaic.models.padding import share_of_step, valid_tokens
 from moesaic.models.pretrained import PreTrainedMoE
@@ -168,11 +169,7 @@ class MoesaicRouter(Router):
             weights_TK = torch.ones_like(weights_TK)
         elif self.weighting == "learned":
             assert self.scale is not None
-            # not scale[ids]: its gradient adds up T * K numbers one after the other
-            weights_TE = 1 + self.scale.float() * probs_TE
-            if torch.is_grad_enabled():  # the gradient of (1 + scale) * probs: scale begins at 0
-                weights_TE = weights_TE + (probs_TE - probs_TE.detach())
-            weights_TK = weights_TE.gather(1, ids_TK)
+            weights_TK = near_one(probs_TE, self.scale, ids_TK)
         return weights_TK, ids_TK
 
     def scheme(self) -> Scheme | str:
