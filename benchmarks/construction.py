@@ -228,10 +228,13 @@ class Plan:
 
     def rate(self, method: str, top_k: int, budget: int) -> float | None:
         """The best rate at a budget; None while runs for it are missing."""
+        known = not self.patient or self.sought(method, top_k, budget)
+        return self.lowest(method, top_k, budget) if known else None
+
+    def sought(self, method: str, top_k: int, budget: int) -> bool:
+        """Whether all rates that are wanted were tried."""
         wanted, tried = self.wanted(method, top_k, budget), self.tried(method, top_k, budget)
-        if wanted is None or (self.patient and any(rate not in tried for rate in wanted)):
-            return None
-        return self.lowest(method, top_k, budget)
+        return wanted is not None and all(rate in tried for rate in wanted)
 
     def lowest(self, method: str, top_k: int, budget: int) -> float | None:
         """The rate of lowest loss so far, both halves; None when nothing was tried."""
@@ -291,8 +294,6 @@ class Master:
         self.deaths = 0
         self.convert_seconds: dict[str, float] = {}
         self.overhead, self.rate = 8.0, options.speed
-        self.text: threading.Thread | None = None
-        """Prepares the text that is trained on, while conversions run."""
         self.workers = [self._spawn(i) for i in range(options.workers)]
 
     def _spawn(self, index: int) -> Worker:
@@ -316,9 +317,14 @@ class Master:
 
     def run(self) -> None:
         """Work until nothing is left or the time is up."""
+        self.place.prepare([], 0)
+        # what is trained on can come while conversions run
+        wanted = (self.options.seeds, max(self.options.budgets, default=0))
+        text = threading.Thread(target=self.place.prepare, args=wanted, daemon=True)
+        text.start()
         try:
             while True:
-                waiting = self.text is not None and self.text.is_alive()
+                waiting = text.is_alive()
                 for worker in self.workers:
                     if worker.ready and worker.job is None and (job := self._next()) is not None:
                         worker.job, worker.since = job, time.monotonic()
@@ -507,12 +513,7 @@ def main() -> None:
         text = "".join(json.dumps(row) + "\n" for row in known)
         (options.out / "rows.jsonl").write_text(text)
     options.deadline -= time.monotonic() - started
-    master = Master(options, plan, bench)  # the workers import while the text is prepared
-    master.place.prepare([], 0)
-    training_text = (options.seeds, max(options.budgets, default=0))
-    master.text = threading.Thread(target=master.place.prepare, args=training_text, daemon=True)
-    master.text.start()
-    master.run()
+    Master(options, plan, bench).run()
 
 
 if __name__ == "__main__":

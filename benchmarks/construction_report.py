@@ -145,8 +145,7 @@ def trained(plan: Plan, top_k: int) -> Iterable[str]:
             active = f"{rows[0]['active_parameters'] / 1e6:.2f} M" if rows else ""
             cells = [_figure(losses, plan) for losses in by]
             for place, budget in enumerate(plan.budgets, start=1):
-                wanted = plan.wanted(method, size, budget) or []
-                if cells[place] and any(r not in plan.tried(method, size, budget) for r in wanted):
+                if cells[place] and not plan.sought(method, size, budget):
                     cells[place] += " \\*"
             table.append([method, *cells, active])
     table.sort(key=lambda cells: cells[-2] or cells[-3] or cells[-4])

@@ -17,7 +17,7 @@ from moesaic.construct.dense import DenseModel
 from moesaic.core.errors import UserError
 from moesaic.models.tokenizer import load_tokenizer
 
-_ROWS_AT_ONCE = 8
+ROWS_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,8 @@ class LayerStream:
     def attend(self, module: Any, hidden_BCD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Norm, attention, norm: the residual stream and the feed-forward input, both [T, D]."""
         residual_BCD, normed_BCD = torch.empty_like(hidden_BCD), torch.empty_like(hidden_BCD)
-        for start in range(0, len(hidden_BCD), _ROWS_AT_ONCE):
-            rows = slice(start, start + _ROWS_AT_ONCE)
+        for start in range(0, len(hidden_BCD), ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
             residual_BCD[rows], normed_BCD[rows] = self.block(module, hidden_BCD[rows])
         return residual_BCD.flatten(0, 1), normed_BCD.flatten(0, 1)
 
@@ -134,7 +134,7 @@ class LayerStream:
             residual_TD, normed_TD = self.attend(module, hidden_BCD)
             yield LayerInputs(layer, residual_TD, normed_TD, module)
             # In parts: the neurons of all tokens at once are F/D times what is held already.
-            step = _ROWS_AT_ONCE * ids_BC.shape[1]
+            step = ROWS_AT_ONCE * ids_BC.shape[1]
             out_TD = torch.cat([module.mlp(part) for part in normed_TD.split(step)])
             hidden_BCD = self.finish(module, residual_TD, out_TD).view_as(hidden_BCD)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from moesaic.construct.activations import _ROWS_AT_ONCE, LayerStream
+from moesaic.construct.activations import ROWS_AT_ONCE, LayerStream
 from moesaic.construct.free.ridge import regress
 from moesaic.construct.free.view import held_back
 from moesaic.construct.input_maps import fit_map, fold
@@ -114,7 +114,7 @@ def _read(
 ) -> torch.Tensor:
     """What `reader` is given, [T, D]; the layer is left as soon as it has been."""
     with _Tap(reader, inputs=True, outputs=False, leave=True) as tap:
-        for rows_BCD in hidden_BCD.split(_ROWS_AT_ONCE):
+        for rows_BCD in hidden_BCD.split(ROWS_AT_ONCE):
             with contextlib.suppress(_Seen):
                 stream.block(module, rows_BCD)
     return tap.seen_inputs()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moesaic.construct.activations import _ROWS_AT_ONCE, LayerStream
+from moesaic.construct.activations import ROWS_AT_ONCE, LayerStream
 from moesaic.construct.dense import DenseModel
 from moesaic.construct.dense_families import family_model
 
@@ -77,7 +77,7 @@ class FamilyStream(LayerStream):
         # What the first layer is given: some versions scale in the model, some in the embedding.
         with torch.no_grad():
             parts = []
-            for rows in ids_BC.split(_ROWS_AT_ONCE):
+            for rows in ids_BC.split(ROWS_AT_ONCE):
                 self._base(input_ids=rows.to(self.device), use_cache=False)
                 parts.append(self._base.layers[0].hidden)
         return torch.cat(parts).float()

@@ -120,17 +120,13 @@ class Gate(nn.Module):
             return scores_TK
         return near_one(logits_TE.softmax(dim=-1), self.correction, ids_TK)
 
-    def _measured(
-        self, ids_TK: torch.Tensor, scores_TK: torch.Tensor, valid_T: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Load (tokens that chose each expert) and importance (sum of its scores), both [E]
-        float32.
-        """
-        chosen_TE = torch.zeros(ids_TK.shape[0], self.num_experts, device=ids_TK.device)
+    def _sums(
+        self, ids_TK: torch.Tensor, values_TK: torch.Tensor | float, valid_T: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The sum of each expert's values, [E] float32: with 1.0, the tokens that chose it."""
+        none_TE = torch.zeros(ids_TK.shape[0], self.num_experts, device=ids_TK.device)
         # scatter and sum instead of index_add: no atomics, so the same numbers every time on a GPU
-        load_E = _total(chosen_TE.scatter(1, ids_TK, 1.0), valid_T)
-        importance_E = _total(chosen_TE.scatter(1, ids_TK, scores_TK), valid_T)
-        return load_E, importance_E
+        return _total(none_TE.scatter(1, ids_TK, values_TK), valid_T)
 
     def extra_repr(self) -> str:
         return f"experts={self.num_experts}, selects={self.num_selects}, softmax={self.use_softmax}"
@@ -191,7 +187,7 @@ class TopKBalancedNoisyGate(Gate):
     ) -> GateOutput:
         """Route x_TD; `valid_T` (bool) says which rows count in the statistics."""
         K, E = self.num_selects, self.num_experts
-        logits_TE = self.logits(x_TD)
+        logits_TE = ranked_TE = self.logits(x_TD)
         noise_TE = sigma_TE = None
         if self.training and self.add_noise:
             sigma_TE = F.softplus(self.weight_noise(x_TD).float()) + self.noise_epsilon
@@ -206,12 +202,14 @@ class TopKBalancedNoisyGate(Gate):
         if not statistics:
             return GateOutput(logits_TE, weights_TK, ids_TK, None, None, None)
 
+        load_E = self._sums(ids_TK, 1.0, valid_T)
         # importance sums scores even where weights are 1: it must pull the router to balance
-        load_E, importance_E = self._measured(ids_TK, scores_TK, valid_T)
         if self.correction is not None and K == 1 and E > 1:
             # the score of one chosen expert is 1 and pulls nothing; beside the next best it does
-            best_T2, ids_T2 = (logits_TE if noise_TE is None else ranked_TE).topk(2, dim=-1)
-            _, importance_E = self._measured(ids_T2, best_T2.softmax(dim=-1), valid_T)
+            best_T2, ids_T2 = ranked_TE.topk(2, dim=-1)
+            importance_E = self._sums(ids_T2, best_T2.softmax(dim=-1), valid_T)
+        else:
+            importance_E = self._sums(ids_TK, scores_TK, valid_T)
         if noise_TE is not None and sigma_TE is not None and K < E:
             judged_TE = noise_TE if self.load_rule == "original" else ranked_TE
             threshold_in_T1, threshold_out_T1 = top_TK1[:, K : K + 1], top_TK1[:, K - 1 : K]
@@ -276,7 +274,7 @@ class SwitchBalancedGate(Gate):
         if not statistics:
             return GateOutput(logits_TE, weights_T1, ids_T1, None, None, None)
 
-        count_E, _ = self._measured(ids_T1, scores_T1, valid_T)
+        count_E = self._sums(ids_T1, 1.0, valid_T)
         tokens = len(x_TD) if valid_T is None else valid_T.sum().clamp(min=1)
         load_E, importance_E = count_E / tokens, _total(probs_TE, valid_T) / tokens
         balance_loss = logits_TE.new_zeros(())
@@ -306,7 +304,8 @@ class _UnbalancedGate(Gate):
         weights_TK = scores_TK.to(x_TD.dtype)
         if not statistics:
             return GateOutput(logits_TE, weights_TK, ids_TK, None, None, None)
-        load_E, importance_E = self._measured(ids_TK, scores_TK, valid_T)
+        load_E = self._sums(ids_TK, 1.0, valid_T)
+        importance_E = self._sums(ids_TK, scores_TK, valid_T)
         return GateOutput(
             logits_TE,
             weights_TK,

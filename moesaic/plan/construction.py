@@ -22,6 +22,8 @@ __all__ = ["Construction", "Stage"]
 
 _ROUNDS = 10
 """Rounds of a split that alternates."""
+_K_MEANS = 2 * 20
+"""Rounds of the k-means before it: two starts."""
 _SPLIT_TOKENS = 65_536
 """Tokens that a split and a router look at."""
 _ASSIGN_SECONDS = 1.3e-7
@@ -105,9 +107,9 @@ class Construction:
         router = _Ridge(D + 1, E, 4)
         if self.split_sees == "text":
             # a round: energies of experts, a router for them, gains of neurons, an assignment.
-            # Before it two k-means on an eighth of the tokens, 20 rounds at most.
-            assigned = (_ROUNDS + 2 * 20) * F * E
-            products = _ROUNDS * 4 * few * F * E + 2 * 20 * 4 * (few // 8) * F * E + 2 * few * D * D
+            # Before it k-means on an eighth of the tokens.
+            assigned = (_ROUNDS + _K_MEANS) * F * E
+            products = (_ROUNDS * few + _K_MEANS * (few // 8)) * 4 * F * E + 2 * few * D * D
             moved = (_ROUNDS * 2 + 6) * few * F * 4
             double = router.factors + _ROUNDS * router.solutions
             yield Stage("split", L * products, L * double, L * moved, assigned=L * assigned)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +80,16 @@ def write_text_tokenizer(path: Path) -> None:
     tokenizer = Tokenizer(models.WordLevel(letters, unk_token="#"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="#").save_pretrained(path)
+
+
+def changed_dense(path: Path, change: Callable[[Any], None], **fields: Any) -> Path:
+    """A dense model with a tokenizer whose weights `change` was given before it was written."""
+    import moesaic
+
+    write_dense(path, **fields)
+    write_text_tokenizer(path)
+    model = moesaic.load(path, dtype=torch.float32)
+    with torch.no_grad():
+        change(model)
+    model.save_pretrained(path)
+    return path

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-import moesaic
 from moesaic.construct.router import RouterInit
 from moesaic.construct.split import NeuronSplit
-from tests.construct.dense_models import write_dense, write_text_tokenizer
+from tests.construct.dense_models import changed_dense, write_dense, write_text_tokenizer
 from tests.helpers import assert_user_error, run_cli
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
@@ -27,17 +26,6 @@ def dense(tmp_path_factory):
     write_text_tokenizer(folder / "model")
     write_text(folder / "text.txt", 3000)
     return folder
-
-
-def changed_dense(path, change):
-    """A dense model whose layers `change` was given, before it was written."""
-    write_dense(path)
-    write_text_tokenizer(path)
-    model = moesaic.load(path, dtype=torch.float32)
-    with torch.no_grad():
-        change(model.model.layers)
-    model.save_pretrained(path)
-    return path
 
 
 def construct(dense, out, *more, model=None, data=None):
@@ -66,8 +54,8 @@ def test_text_too_short_for_the_experts(dense, tmp_path):
 
 def test_experts_that_never_win_are_named(dense, tmp_path):
     # the last expert's neurons give nothing, so that its energy is never among the highest
-    def weaken(layers):
-        for number, layer in enumerate(layers):
+    def weaken(model):
+        for number, layer in enumerate(model.model.layers):
             layer.mlp.down_proj.weight[:, 36 - 12 * number : 48 - 12 * number] *= 1e-3
 
     path = changed_dense(tmp_path / "weak", weaken)
@@ -80,8 +68,8 @@ def test_experts_that_never_win_are_named(dense, tmp_path):
 
 
 def test_a_gram_matrix_that_is_not_positive_definite(dense, tmp_path):
-    def enlarge(layers):
-        layers[1].mlp.up_proj.weight *= 1e25  # squares overflow in float32
+    def enlarge(model):
+        model.model.layers[1].mlp.up_proj.weight *= 1e25  # squares overflow in float32
 
     path = changed_dense(tmp_path / "large", enlarge)
     for split in ("energy", "random"):

@@ -15,7 +15,7 @@ from moesaic.construct.free.distil import Distillation
 from moesaic.construct.pipeline import Recipe, results, run
 from moesaic.core.errors import UserError
 from tests.construct.dense_family_models import FAMILIES, write_family
-from tests.construct.dense_models import write_dense, write_text_tokenizer
+from tests.construct.dense_models import changed_dense, write_dense, write_text_tokenizer
 
 LETTERS = "#abcdefghijklmnopqrstuvwxyz ."
 
@@ -227,14 +227,14 @@ def test_masked_experts_are_the_sorted_ones(biased, routed):
 @pytest.mark.parametrize("shared", [0, 1])
 def test_refining_starts_from_the_refitted_layers(shared, tmp_path):
     """Biases, maps of the experts' inputs and shared experts included: no step, no change."""
-    write_dense(tmp_path / "model", mlp_bias=True, attention_bias=True)
-    write_text_tokenizer(tmp_path / "model")
-    draw = torch.Generator().manual_seed(3)
-    model = moesaic.load(tmp_path / "model", dtype=torch.float32)
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            parameter.data.normal_(generator=draw)
-    model.save_pretrained(tmp_path / "model")
+
+    def draw_biases(model):
+        draw = torch.Generator().manual_seed(3)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(generator=draw)
+
+    changed_dense(tmp_path / "model", draw_biases, mlp_bias=True, attention_bias=True)
     (tmp_path / "train.txt").write_text(_text()[:24_000])
     refine = {"method": "layerwise", "passes": 0.01, "learning_rate": 1e-30}
     fields = {"experts": 8, "top_k": 3, "shared": shared, "context": 24, "tokens": 3072}
