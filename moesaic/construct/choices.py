@@ -16,6 +16,7 @@ import torch
 from moesaic.construct.agreement import check_router, check_split
 from moesaic.construct.dense import DenseModel
 from moesaic.construct.free.view import CalibratedRouter, CalibratedSplit, LayerView
+from moesaic.construct.legacy_v2 import open_split
 from moesaic.construct.method import LayerSplit, resolve_method
 from moesaic.construct.recipe import Recipe, made_before
 from moesaic.construct.router import Gate, RouterInit, RouterInputs, resolve_router
@@ -41,7 +42,7 @@ class SplitChoice:
         self._method: CalibratedSplit | None = None
         path = made_before(recipe.split, SPLITS.names())
         if path:
-            self.ready = NeuronSplit.load(path)
+            self.ready = open_split(path, width=dense.width)
         else:
             method = resolve_method(recipe.split)
             if isinstance(method, CalibratedSplit):

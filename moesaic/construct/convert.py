@@ -19,8 +19,9 @@ from moesaic.construct.agreement import check_router, check_split, check_top_k
 from moesaic.construct.blueprint import Blueprint, draw
 from moesaic.construct.blueprint_v2 import check_v2_source, draw_v2
 from moesaic.construct.dense import DenseModel, open_dense
-from moesaic.construct.legacy_v2 import SUFFIXES, is_original, read_gates, read_indices
+from moesaic.construct.legacy_v2 import open_split
 from moesaic.construct.method import SplitMethod, resolve_method
+from moesaic.construct.recipe import made_before
 from moesaic.construct.router import FILE_NAME as ROUTER_FILE
 from moesaic.construct.router import Gate, RouterInit, RouterMethod, init_router, resolve_router
 from moesaic.construct.routers import ROUTERS
@@ -256,24 +257,17 @@ def _judge(
 
 
 def _ready_split(split: Any, dense: DenseModel) -> NeuronSplit | None:
-    if isinstance(split, NeuronSplit):
-        return split
-    if isinstance(split, Path) or (isinstance(split, str) and _is_path(split, SPLITS.names())):
-        if is_original(Path(split)):
-            return read_indices(Path(split), width=dense.width)
-        return NeuronSplit.load(Path(split))
-    return None
+    path = made_before(split, SPLITS.names())
+    if path is not None:
+        return open_split(path, width=dense.width)
+    return split if isinstance(split, NeuronSplit) else None
 
 
 def _ready_router(router: Any) -> RouterInit | None:
-    if isinstance(router, RouterInit):
-        return router
-    if isinstance(router, Path) or (isinstance(router, str) and _is_path(router, ROUTERS.names())):
-        if is_original(Path(router)):
-            meta = {"method": "imported", "imported_from": str(router)}
-            return RouterInit.from_gates(read_gates(Path(router)), meta)
-        return RouterInit.load(Path(router))
-    return None
+    path = made_before(router, ROUTERS.names())
+    if path is not None:
+        return RouterInit.load(path)
+    return router if isinstance(router, RouterInit) else None
 
 
 def _beside(split: Any) -> RouterInit | None:
@@ -283,13 +277,6 @@ def _beside(split: Any) -> RouterInit | None:
     folder = Path(split) if Path(split).is_dir() else Path(split).parent
     made = (folder / SPLIT_FILE).is_file() and (folder / ROUTER_FILE).is_file()
     return RouterInit.load(folder) if made else None
-
-
-def _is_path(text: str, names: Sequence[str]) -> bool:
-    # A method's name wins over a file of that name; write ./random for the file.
-    return text not in names and (
-        "/" in text or text.endswith((".safetensors", *SUFFIXES)) or Path(text).exists()
-    )
 
 
 def _check_choice(given: str, allowed: Sequence[str], name: str) -> None:

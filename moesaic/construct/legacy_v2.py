@@ -16,7 +16,7 @@ from moesaic.construct.legacy import read_plain
 from moesaic.construct.split import NeuronSplit
 from moesaic.core.errors import UserError
 
-__all__ = ["SUFFIXES", "is_original", "read_gates", "read_indices", "read_scores"]
+__all__ = ["SUFFIXES", "is_original", "open_split", "read_gates", "read_indices", "read_scores"]
 
 SUFFIXES = (".pt", ".pth", ".bin")
 
@@ -85,6 +85,14 @@ def read_indices(path: Path, *, width: int) -> NeuronSplit:
         experts.append([ids.astype(np.int64) for ids in groups[: len(value)]])
         shared.append([ids.astype(np.int64) for ids in groups[len(value) :]])
     return NeuronSplit(experts, shared, width, {"method": "imported", "imported_from": str(path)})
+
+
+def open_split(path: Path, *, width: int) -> NeuronSplit:
+    """Read a split that was made before: ours, or the original's neuron_indices.pt; `width` is F.
+
+    Raises UserError as `NeuronSplit.load` and `read_indices` do.
+    """
+    return read_indices(path, width=width) if is_original(path) else NeuronSplit.load(path)
 
 
 def _layers(path: Path) -> list[Any]:

@@ -5,6 +5,7 @@ Each choice is the name of a registered method, its settings, or a file that was
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from pydantic import Field
 from moesaic.construct.agreement import check_top_k
 from moesaic.construct.dense import DenseModel
 from moesaic.construct.free.distil import Distillation
+from moesaic.construct.legacy_v2 import SUFFIXES
 from moesaic.core.config import Config, parse
 from moesaic.core.errors import UserError
 
@@ -36,9 +38,11 @@ class Recipe(Config):
     model: str | None = None
     """Directory of the dense model; the command line may give it instead."""
     split: Choice = "energy"
-    """Which neurons go together: a name, settings with `method`, or what `moesaic split` wrote."""
+    """Which neurons go together: a name, settings with `method`, what `moesaic split` wrote, or
+    LLaMA-MoE-v2's neuron_indices.pt."""
     router: Choice = "energy"
-    """The router init: a name, settings, or what `moesaic router` wrote."""
+    """The router init: a name, settings, what `moesaic router` wrote, or LLaMA-MoE-v2's
+    gate_weights.pt."""
     weighting: Choice = "one"
     """How chosen experts add up: a name or settings."""
     refit: Choice | None = "down"
@@ -125,11 +129,12 @@ def refinement(recipe: Recipe) -> Distillation | None:
     return parse(Distillation, settings, source="refine layerwise")
 
 
-def made_before(choice: Choice, names: list[str]) -> Path | None:
-    """The file that a choice names, if it is no method."""
-    if isinstance(choice, str) and choice not in names and ("/" in choice or Path(choice).exists()):
-        return Path(choice)
-    return None
+def made_before(choice: Any, names: Sequence[str]) -> Path | None:
+    """The file that a choice names, if it is no method; write ./random for a file of that name."""
+    if isinstance(choice, str) and choice not in names:
+        named = "/" in choice or choice.endswith((".safetensors", *SUFFIXES))
+        return Path(choice) if named or Path(choice).exists() else None
+    return choice if isinstance(choice, Path) else None
 
 
 def name_of(choice: Choice) -> str:

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 
 from moesaic.construct.dense import DenseModel, open_dense
+from moesaic.construct.legacy_v2 import is_original, open_split, read_gates
 from moesaic.construct.routers import ROUTERS
 from moesaic.construct.split import NeuronSplit
 from moesaic.core.config import Config
@@ -133,8 +134,12 @@ class RouterInit:
     def load(cls, path: Path) -> RouterInit:
         """Read a router init from its file, or from the directory that `moesaic router` wrote.
 
-        Raises UserError when the file is missing, truncated, or something else.
+        LLaMA-MoE-v2's gate_weights.pt is read too. Raises UserError when the file is missing,
+        truncated, or something else.
         """
+        if is_original(path):
+            meta = {"method": "imported", "imported_from": str(path)}
+            return cls.from_gates(read_gates(Path(path)), meta)
         path = Path(path) / FILE_NAME if Path(path).is_dir() else Path(path)
         if not path.is_file():
             raise UserError(
@@ -316,9 +321,9 @@ def make_router(
 ) -> Path:
     """Make router weights and write their directory: router.safetensors, router.json, moesaic.json.
 
-    `split` is a NeuronSplit, its file, or the directory that `moesaic split` wrote. Methods that do
-    not look at it (`hidden-clusters`, `kaiming`) do with the number of routed `experts` instead.
-    Raises UserError where neither is given.
+    `split` is a NeuronSplit, its file, the directory that `moesaic split` wrote, or the original's
+    neuron_indices.pt. Methods that do not look at it (`hidden-clusters`, `kaiming`) do with the
+    number of routed `experts` instead. Raises UserError where neither is given.
     """
     if (split is None) == (experts is None):
         raise UserError("Give either a split or the number of routed experts.")
@@ -328,7 +333,7 @@ def make_router(
             assert experts is not None
             division = _any_split(Path(model), experts, resolve_router(method))
         else:
-            division = split if isinstance(split, NeuronSplit) else NeuronSplit.load(Path(split))
+            division = _made_split(split, Path(model))
         made = init_router(
             model, split=division, method=method, gate=gate, top_k=top_k, data=data, seed=seed
         )
@@ -336,6 +341,13 @@ def make_router(
         write_text(partial / "router.json", json.dumps(made.meta, indent=2) + "\n")
         write_lineage(partial, step="router", parent=str(model), config=made.meta, seed=seed)
     return out
+
+
+def _made_split(split: NeuronSplit | Path | str, model: Path) -> NeuronSplit:
+    if isinstance(split, NeuronSplit):
+        return split
+    width = open_dense(model).width if is_original(Path(split)) else 0  # ours know their own
+    return open_split(Path(split), width=width)
 
 
 def _any_split(model: Path, experts: int, method: RouterMethod) -> NeuronSplit:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from moesaic.construct.recipe import Recipe, refinement
+from moesaic.construct.recipe import Recipe, made_before, refinement
 from moesaic.construct.routers import ROUTERS
 from moesaic.construct.scratch import InitConfig, empty_model, model_config
 from moesaic.construct.splits import SPLITS
@@ -243,8 +243,8 @@ def _construct(
 
 def _sees(registry: Any, choice: str | Mapping[str, Any]) -> Literal["nothing", "weights", "text"]:
     """What a registered method looks at. Raises UserError for an unknown one."""
-    if isinstance(choice, str) and choice not in registry.names() and Path(choice).exists():
-        return "nothing"  # made before
+    if made_before(choice, registry.names()):
+        return "nothing"
     method: Any = registry.resolve(choice)
     if getattr(type(method), "needs_data", False):
         return "text"

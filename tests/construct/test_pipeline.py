@@ -10,6 +10,7 @@ import moesaic
 from moesaic.construct.calibration import calibration_rows
 from moesaic.construct.input_maps import fit_map, fold, fold_experts
 from moesaic.construct.pipeline import Recipe, construct, results, run
+from moesaic.construct.router import RouterInit, make_router
 from moesaic.construct.split import NeuronSplit
 from moesaic.core.errors import UserError
 from moesaic.models.tokenizer import load_tokenizer
@@ -190,6 +191,38 @@ def test_an_imported_split_takes_our_router_and_refit(dense, tmp_path):
     wrong = NeuronSplit.from_labels([np.arange(48) % 6] * 2, experts=6).save(file)
     with pytest.raises(UserError, match="6 experts"):
         run(dense / "model", recipe(dense, split=str(wrong)))
+
+
+@pytest.mark.parametrize("shared", [0, 1])
+def test_the_original_s_files_go_with_our_router_weighting_and_refit(dense, tmp_path, shared):
+    draw = np.random.default_rng(5)
+    layers = {}
+    for layer in range(2):
+        parts = draw.permutation(48).reshape(4, 12).tolist()
+        names = ["residual", *range(3)] if shared else range(4)
+        layers[layer] = dict(zip(names, parts, strict=True)) if shared else parts
+    torch.save(layers, tmp_path / "neuron_indices.pt")
+    gates = {layer: torch.randn(4 - shared, 32) for layer in range(2)}
+    torch.save(gates, tmp_path / "gate_weights.pt")
+    split, routers = str(tmp_path / "neuron_indices.pt"), str(tmp_path / "gate_weights.pt")
+    for router in ("energy", routers):
+        fields = {"split": split, "router": router, "experts": 4, "shared": shared}
+        made = run(dense / "model", recipe(dense, **fields))
+        for layer, found in enumerate(made.layers):
+            first = layers[layer][0]
+            assert found.parts.experts[0].tolist() == first
+            assert [part.tolist() for part in found.parts.shared] == (
+                [layers[layer]["residual"]] if shared else []
+            )
+            assert found.facts["output_error"]["refit"] < found.facts["output_error"]["split"]
+            same = torch.equal(found.router["weight"], gates[layer])
+            assert same == (router == routers)
+    init = make_router(
+        dense / "model", out=tmp_path / "router", split=split, method="centroids", gate="linear"
+    )
+    assert RouterInit.load(init).num_experts == 4 - shared
+    with pytest.raises(UserError, match="experts=8 but the split has 4"):
+        run(dense / "model", recipe(dense, split=split, experts=8))
 
 
 def test_text_is_read_from_the_beginnings_of_documents(dense, tmp_path):

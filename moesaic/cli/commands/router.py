@@ -16,7 +16,7 @@ def command(
     model: Annotated[Path, typer.Argument(help="Directory of the dense model.")],
     out: OutOption,
     split: Annotated[
-        Path | None, typer.Option(help="What `moesaic split` wrote for this model.")
+        Path | None, typer.Option(help="What `moesaic split` wrote, or neuron_indices.pt.")
     ] = None,
     experts: Annotated[
         int | None,

@@ -119,15 +119,11 @@ class GradientPlus(SplitMethod):
     def _ready_gates(self, inputs: SplitInputs, routed: int) -> torch.Tensor:
         import torch
 
-        from moesaic.construct.legacy_v2 import is_original, read_gates
         from moesaic.construct.router import RouterInit
 
         assert self.gates is not None
-        if is_original(self.gates):
-            gates = [torch.from_numpy(gate) for gate in read_gates(self.gates)]
-        else:
-            ready = RouterInit.load(self.gates)
-            gates = [layer["weight"] for layer in ready.layers] if ready.gate == "linear" else []
+        ready = RouterInit.load(self.gates)
+        gates = [layer["weight"] for layer in ready.layers] if ready.gate == "linear" else []
         wanted = (routed, int(inputs.config["hidden_size"]))
         if len(gates) != inputs.layers or any(tuple(gate.shape) != wanted for gate in gates):
             held = f"{len(gates)} of {list(gates[0].shape)}" if gates else "routers of network mlp"
