@@ -17,12 +17,15 @@ from moesaic.kernels import reference
 triton = pytest.importorskip("triton")
 
 BF16, I32, F32 = "*bf16", "*i32", "*fp32"
-ROWS = {  # name: epilogue, gathered, weights K-major, ring stages
-    "up": ("swiglu", True, True, 4),
-    "down": ("plain", False, True, 3),
-    "dx": ("plain", False, False, 3),
-    "activation_gradient": ("dact", True, False, 3),
+ROWS = {  # name: epilogue, gathered, weights K-major, ring stages, h brought by a loader
+    "up": ("swiglu", True, True, 4, False),
+    "down": ("plain", False, True, 3, False),
+    "dx": ("plain", False, False, 3, False),
+    "activation_gradient": ("dact", True, False, 3, False),
+    "activation_gradient, loader": ("dact", True, False, 3, True),
+    "activation_gradient, rows in order": ("dact", False, False, 3, True),
 }
+WARPS = ("PRODUCER_WARPS", "CONSUMER_REGS", "OTHER_REGS", "FINISHER_WARPS", "LOADER")
 
 
 def _compile(kernel, given, constants, *, sixteen=True):
@@ -64,9 +67,9 @@ def test_products_along_rows_compile_for_hopper(name, activation, sixteen, tmp_p
     from moesaic.kernels.triton.hopper_rows import rows_kernel
     from moesaic.kernels.triton.products import _warps
 
-    epilogue, gather, k_major, stages = ROWS[name]
-    names = ("PRODUCER_WARPS", "CONSUMER_REGS", "PRODUCER_REGS", "FINISHER_REGS")
-    warps = dict(zip(names, _warps(gather=gather, finish=epilogue == "dact"), strict=True))
+    epilogue, gather, k_major, stages, loader = ROWS[name]
+    found = _warps(gather=gather, finish=epilogue == "dact", loader=loader)
+    warps = dict(zip(WARPS, found, strict=True))
     width = 128 if epilogue == "swiglu" else 256
     given = {
         "a_desc": _descriptor(128, 64),
@@ -108,8 +111,7 @@ def test_weight_gradients_compile_for_hopper(transposed, sixteen, tmp_path):
     from moesaic.kernels.triton.hopper_outer import outer_kernel
     from moesaic.kernels.triton.products import _warps
 
-    names = ("PRODUCER_WARPS", "CONSUMER_REGS", "PRODUCER_REGS")
-    warps = dict(zip(names, _warps(gather=True), strict=False))
+    warps = dict(zip(WARPS[:3], _warps(gather=True)[:3], strict=True))
     given = {
         "b_desc": _descriptor(64, 256),
         "out_desc": _descriptor(64, 64), "a_ptr": BF16, "out_ptr": BF16, "token_ptr": I32,
@@ -127,7 +129,21 @@ def test_weight_gradients_compile_for_hopper(transposed, sixteen, tmp_path):
     assert _stack(compiled, tmp_path) == 0
 
 
-def test_a_launch_that_is_no_candidate_any_more_is_forgotten(tmp_path):
+def test_choices_among_other_candidates_are_not_read(tmp_path, monkeypatch):
+    from moesaic.kernels.triton import tune
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
+    name = tune._file.__wrapped__
+    before = name(0)
+    assert name(0) == before
+    more = (*tune.CANDIDATES["down"], tune.CANDIDATES["up"][0])
+    monkeypatch.setitem(tune.CANDIDATES, "down", more)
+    assert name(0) != before
+    assert name(0).parent == before.parent == tmp_path / "moesaic"
+
+
+def test_a_launch_that_is_no_candidate_is_forgotten(tmp_path):
     from moesaic.kernels.triton import tune
 
     known = dict(zip(tune.CANDIDATES, (c[-1] for c in tune.CANDIDATES.values()), strict=True))

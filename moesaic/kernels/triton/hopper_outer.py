@@ -214,7 +214,7 @@ def outer_kernel(
     a_ptr, token_ptr, b_desc, by_size_ptr, tickets_ptr, out_desc, out_ptr, experts, M, N,
     group_m, EVEN_M: gl.constexpr, TRANSPOSED: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
     BK: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr,
-    PRODUCER_WARPS: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
+    PRODUCER_WARPS: gl.constexpr, CONSUMER_REGS: gl.constexpr, OTHER_REGS: gl.constexpr,
 ):  # fmt: skip
     """out[e, m, n] = sum over rows s of expert e of a[token of s, m] * b[s, n].
 
@@ -254,5 +254,5 @@ def outer_kernel(
             )),
         ],
         [4, PRODUCER_WARPS],
-        [CONSUMER_REGS, PRODUCER_REGS],
+        [CONSUMER_REGS, OTHER_REGS],
     )  # fmt: skip

@@ -37,7 +37,7 @@ from moesaic.kernels.triton.hopper_common import (
     sync,
     tma_load,
 )
-from moesaic.kernels.triton.hopper_finish import PART, finish
+from moesaic.kernels.triton.hopper_finish import PART, bring, finish
 
 
 @gluon.jit
@@ -121,20 +121,23 @@ def _tile(
     out_ptr, out_desc, out2_ptr, out2_desc, out3_ptr, out3_desc, N, out_stride, out3_stride,
     WG: gl.constexpr, EPILOGUE: gl.constexpr, GATHER: gl.constexpr, B_KMAJOR: gl.constexpr,
     KEEP_H: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
-    WIDTH: gl.constexpr, ACTIVATION: gl.constexpr,
+    WIDTH: gl.constexpr, ACTIVATION: gl.constexpr, APART: gl.constexpr,
 ):  # fmt: skip
     """Multiply and give away 64 rows of a tile, WIDTH columns of each matrix; return the step."""
     PAIR: gl.constexpr = EPILOGUE == "swiglu"
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    # Two products of half the columns: one of 256 wants more registers than there are for 16 warps.
+    TWO: gl.constexpr = APART and WIDTH == 256
+    MMA_WIDTH: gl.constexpr = WIDTH // 2 if TWO else WIDTH
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, MMA_WIDTH, 16])
     dtype: gl.constexpr = out_ptr.dtype.element_ty
     SPLIT: gl.constexpr = PAIR and 2 * WIDTH < BN  # gate and up columns that are not neighbours
     if PAIR and not SPLIT:
         both: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
         acc = gl.zeros((HALF, BN), gl.float32, layout=both)
     else:
-        acc = gl.zeros((HALF, WIDTH), gl.float32, layout=mma)
-    if SPLIT:
-        acc_up = gl.zeros((HALF, WIDTH), gl.float32, layout=mma)
+        acc = gl.zeros((HALF, MMA_WIDTH), gl.float32, layout=mma)
+    if SPLIT or TWO:
+        acc2 = gl.zeros((HALF, MMA_WIDTH), gl.float32, layout=mma)
     for k in range(k_tiles):
         stage = it % STAGES
         mbarrier.wait(full.index(stage), (it // STAGES) & 1)
@@ -145,8 +148,14 @@ def _tile(
             b_gate = b_smem.index(stage).slice(0, WIDTH, dim=0).permute((1, 0))
             b_up = b_smem.index(stage).slice(BN // 2, WIDTH, dim=0).permute((1, 0))
             acc = warpgroup_mma(a, b_gate, acc, is_async=True)
-            acc_up = warpgroup_mma(a, b_up, acc_up, is_async=True)
-            acc, acc_up = warpgroup_mma_wait(2, deps=(acc, acc_up))
+            acc2 = warpgroup_mma(a, b_up, acc2, is_async=True)
+            acc, acc2 = warpgroup_mma_wait(2, deps=(acc, acc2))
+        elif TWO:
+            b_left = b_smem.index(stage).slice(0, MMA_WIDTH, dim=1)
+            b_right = b_smem.index(stage).slice(MMA_WIDTH, MMA_WIDTH, dim=1)
+            acc = warpgroup_mma(a, b_left, acc, is_async=True)
+            acc2 = warpgroup_mma(a, b_right, acc2, is_async=True)
+            acc, acc2 = warpgroup_mma_wait(2, deps=(acc, acc2))
         else:
             if PAIR:
                 b = b_smem.index(stage).permute((1, 0))
@@ -158,8 +167,8 @@ def _tile(
             acc = warpgroup_mma_wait(1, deps=(acc,))
         release(empty, it - 1, STAGES, k > 0)
         it += 1
-    if SPLIT:
-        acc, acc_up = warpgroup_mma_wait(0, deps=(acc, acc_up))
+    if SPLIT or TWO:
+        acc, acc2 = warpgroup_mma_wait(0, deps=(acc, acc2))
     else:
         acc = warpgroup_mma_wait(0, deps=(acc,))
     release(empty, it - 1, STAGES, True)
@@ -170,7 +179,7 @@ def _tile(
     elif EPILOGUE == "swiglu":
         if SPLIT:
             gates = chunks(acc.to(dtype))
-            ups = chunks(acc_up.to(dtype))
+            ups = chunks(acc2.to(dtype))
         else:
             gate_half, up_half = halves(acc.to(dtype))
             gates = chunks(gate_half)
@@ -185,7 +194,7 @@ def _tile(
             value = (act * ups[j].to(gl.float32)).to(dtype)
             emit(value, buffers, 3 * j + 2, out3_desc, out3_ptr, out3_stride, row, at, valid, N)
     else:
-        parts = chunks(acc.to(dtype))
+        parts = chunks(acc.to(dtype)) + chunks(acc2.to(dtype)) if TWO else chunks(acc.to(dtype))
         mbarrier.wait(free.index(WG), (given & 1) ^ 1)
         for j in gl.static_range(COUNT):
             buffers.index(WG * (BN // CHUNK) + j).store(parts[j])
@@ -201,7 +210,7 @@ def _consumer(
     out_stride, out3_stride, group_m,
     WG: gl.constexpr, EPILOGUE: gl.constexpr, GATHER: gl.constexpr, B_KMAJOR: gl.constexpr,
     KEEP_H: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
-    ACTIVATION: gl.constexpr,
+    ACTIVATION: gl.constexpr, APART: gl.constexpr,
 ):  # fmt: skip
     WIDTH: gl.constexpr = BN // 2 if EPILOGUE == "swiglu" else BN
     NARROW: gl.constexpr = WIDTH // 2 if WIDTH > CHUNK else WIDTH
@@ -234,6 +243,7 @@ def _consumer(
                 k_tiles, out_ptr, out_desc, out2_ptr, out2_desc, out3_ptr, out3_desc, N,
                 out_stride, out3_stride,
                 WG, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES, WIDTH, ACTIVATION,
+                APART,
             )  # fmt: skip
             given += 1
         else:
@@ -243,6 +253,7 @@ def _consumer(
                 k_tiles, out_ptr, out_desc, out2_ptr, out2_desc, out3_ptr, out3_desc, N,
                 out_stride, out3_stride,
                 WG, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES, NARROW, ACTIVATION,
+                APART,
             )  # fmt: skip
             given += 1
         first, left, column_tile = next_first, next_left, next_column_tile
@@ -258,7 +269,8 @@ def rows_kernel(
     EPILOGUE: gl.constexpr, GATHER: gl.constexpr, EVEN_K: gl.constexpr, B_KMAJOR: gl.constexpr,
     KEEP_H: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
     BUFFERS: gl.constexpr, ACTIVATION: gl.constexpr, PRODUCER_WARPS: gl.constexpr,
-    CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr, FINISHER_REGS: gl.constexpr,
+    CONSUMER_REGS: gl.constexpr, OTHER_REGS: gl.constexpr, FINISHER_WARPS: gl.constexpr,
+    LOADER: gl.constexpr,
 ):  # fmt: skip
     """One of the four products along rows.
 
@@ -267,7 +279,7 @@ def rows_kernel(
     h read back, out, out2 take the halves of dh, out3 takes weight * a and partial the sums <da, a>
     of each tile. N counts the columns of `out`; `second` is the distance of B's up rows from the
     gate rows, or ("dact") of h's up columns from the gate columns; `b_rows` the rows of B from one
-    expert to the next.
+    expert to the next. FINISHER_WARPS and LOADER ("dact"): see `hopper_finish`.
     """
     PAIR: gl.constexpr = EPILOGUE == "swiglu"
     dtype: gl.constexpr = a_ptr.dtype.element_ty
@@ -277,11 +289,6 @@ def rows_kernel(
         b_smem = gl.allocate_shared_memory(dtype, [STAGES, BN, BK], swizzled)
     else:
         b_smem = gl.allocate_shared_memory(dtype, [STAGES, BK, BN], swizzled)
-    # The finisher sees both consumers' buffers as one.
-    TOGETHER: gl.constexpr = 2 * BUFFERS if EPILOGUE == "dact" else BUFFERS
-    buffers0 = gl.allocate_shared_memory(dtype, [TOGETHER, HALF, CHUNK], swizzled)
-    if EPILOGUE != "dact":
-        buffers1 = gl.allocate_shared_memory(dtype, [BUFFERS, HALF, CHUNK], swizzled)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -294,26 +301,69 @@ def rows_kernel(
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(free.index(i), count=1)
     if EPILOGUE == "dact":
+        # The finisher sees both consumers' buffers as one.
+        buffers0 = gl.allocate_shared_memory(dtype, [2 * BUFFERS, HALF, CHUNK], swizzled)
+        buffers1 = buffers0
         h_smem = gl.allocate_shared_memory(dtype, [4, PART, CHUNK], swizzled)
         fetched = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        emptied = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
         for i in gl.static_range(2):
             mbarrier.init(fetched.index(i), count=1)
+            mbarrier.init(emptied.index(i), count=1)
+    else:
+        buffers0 = gl.allocate_shared_memory(dtype, [BUFFERS, HALF, CHUNK], swizzled)
+        buffers1 = gl.allocate_shared_memory(dtype, [BUFFERS, HALF, CHUNK], swizzled)
     fence_async_shared()
     sync()
-    if EPILOGUE == "dact":
+    MANY: gl.constexpr = FINISHER_WARPS > 2
+    if LOADER:
         gl.warp_specialize(
             [
                 (_consumer, (
                     a_smem, b_smem, buffers0, full, empty, ready, free, tile_expert_ptr,
                     tile_row_ptr, tile_left_ptr, count_ptr, out_ptr, out_desc, out2_ptr,
                     out2_desc, out3_ptr, out3_desc, N, K, out_stride, out3_stride, group_m,
-                    0, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES, ACTIVATION,
+                    0, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES, ACTIVATION, MANY,
                 )),
+                (_consumer, (
+                    a_smem, b_smem, buffers1, full, empty, ready, free, tile_expert_ptr,
+                    tile_row_ptr, tile_left_ptr, count_ptr, out_ptr, out_desc, out2_ptr,
+                    out2_desc, out3_ptr, out3_desc, N, K, out_stride, out3_stride, group_m,
+                    1, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES, ACTIVATION, MANY,
+                )),
+                (_producer, (
+                    a_desc, a_ptr, token_ptr, b_desc, tile_expert_ptr, tile_row_ptr, tile_left_ptr,
+                    count_ptr, a_smem, b_smem, full, empty, N, K, b_rows, second, group_m,
+                    GATHER, EVEN_K, B_KMAJOR, PAIR, BN, BK, STAGES,
+                )),
+                (bring, (
+                    h_smem, fetched, emptied, tile_expert_ptr, tile_row_ptr, tile_left_ptr,
+                    count_ptr, h_desc, N, second, group_m, BN,
+                )),
+                (finish, (
+                    buffers0, ready, free, h_smem, fetched, emptied, tile_expert_ptr, tile_row_ptr,
+                    tile_left_ptr, count_ptr, h_desc, out_ptr, out2_ptr, out3_ptr, weight_ptr,
+                    partial_ptr, N, second, out_stride, out3_stride, group_m, BN, ACTIVATION,
+                    LOADER,
+                )),
+            ],
+            [4, PRODUCER_WARPS, 1, FINISHER_WARPS],
+            [CONSUMER_REGS, OTHER_REGS, OTHER_REGS, OTHER_REGS],
+        )  # fmt: skip
+    elif EPILOGUE == "dact":
+        gl.warp_specialize(
+            [
                 (_consumer, (
                     a_smem, b_smem, buffers0, full, empty, ready, free, tile_expert_ptr,
                     tile_row_ptr, tile_left_ptr, count_ptr, out_ptr, out_desc, out2_ptr,
                     out2_desc, out3_ptr, out3_desc, N, K, out_stride, out3_stride, group_m,
-                    1, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES, ACTIVATION,
+                    0, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES, ACTIVATION, MANY,
+                )),
+                (_consumer, (
+                    a_smem, b_smem, buffers1, full, empty, ready, free, tile_expert_ptr,
+                    tile_row_ptr, tile_left_ptr, count_ptr, out_ptr, out_desc, out2_ptr,
+                    out2_desc, out3_ptr, out3_desc, N, K, out_stride, out3_stride, group_m,
+                    1, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES, ACTIVATION, MANY,
                 )),
                 (_producer, (
                     a_desc, a_ptr, token_ptr, b_desc, tile_expert_ptr, tile_row_ptr, tile_left_ptr,
@@ -321,13 +371,14 @@ def rows_kernel(
                     GATHER, EVEN_K, B_KMAJOR, PAIR, BN, BK, STAGES,
                 )),
                 (finish, (
-                    buffers0, ready, free, h_smem, fetched, tile_expert_ptr, tile_row_ptr,
+                    buffers0, ready, free, h_smem, fetched, emptied, tile_expert_ptr, tile_row_ptr,
                     tile_left_ptr, count_ptr, h_desc, out_ptr, out2_ptr, out3_ptr, weight_ptr,
                     partial_ptr, N, second, out_stride, out3_stride, group_m, BN, ACTIVATION,
+                    LOADER,
                 )),
             ],
-            [4, PRODUCER_WARPS, 2],
-            [CONSUMER_REGS, PRODUCER_REGS, FINISHER_REGS],
+            [4, PRODUCER_WARPS, FINISHER_WARPS],
+            [CONSUMER_REGS, OTHER_REGS, OTHER_REGS],
         )  # fmt: skip
     else:
         gl.warp_specialize(
@@ -336,13 +387,13 @@ def rows_kernel(
                     a_smem, b_smem, buffers0, full, empty, ready, free, tile_expert_ptr,
                     tile_row_ptr, tile_left_ptr, count_ptr, out_ptr, out_desc, out2_ptr,
                     out2_desc, out3_ptr, out3_desc, N, K, out_stride, out3_stride, group_m,
-                    0, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES, ACTIVATION,
+                    0, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES, ACTIVATION, MANY,
                 )),
                 (_consumer, (
                     a_smem, b_smem, buffers1, full, empty, ready, free, tile_expert_ptr,
                     tile_row_ptr, tile_left_ptr, count_ptr, out_ptr, out_desc, out2_ptr,
                     out2_desc, out3_ptr, out3_desc, N, K, out_stride, out3_stride, group_m,
-                    1, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES, ACTIVATION,
+                    1, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES, ACTIVATION, MANY,
                 )),
                 (_producer, (
                     a_desc, a_ptr, token_ptr, b_desc, tile_expert_ptr, tile_row_ptr, tile_left_ptr,
@@ -351,5 +402,5 @@ def rows_kernel(
                 )),
             ],
             [4, PRODUCER_WARPS],
-            [CONSUMER_REGS, PRODUCER_REGS],
+            [CONSUMER_REGS, OTHER_REGS],
         )  # fmt: skip

@@ -43,6 +43,8 @@ class Launch:
     """Chunks of 64 columns that a warpgroup gives away at once; `up` takes two."""
     copy: bool = False
     """Bring the rows of the per-token matrix into order first, instead of gathering them."""
+    loader: bool = False
+    """Of the activation's gradient: bring h by a warp of its own (see `hopper_finish`)."""
     persistent: bool = True
     """One program a multiprocessor that walks over tiles, or one program a tile."""
 
@@ -70,15 +72,20 @@ def _programs(device: torch.device, tiles: int, launch: Launch) -> int:
     return max(1, min(tiles, _processors(device)) if launch.persistent else tiles)
 
 
-def _warps(*, gather: bool, finish: bool = False) -> tuple[int, int, int, int]:
-    """Producer warps, and registers of a consumer's, a producer's and a finisher's thread.
+def _warps(
+    *, gather: bool, finish: bool = False, loader: bool = False
+) -> tuple[int, int, int, int, bool]:
+    """Producer warps, registers of a consumer's and of any other thread, finishing warps, loader.
 
-    A producer that gathers computes addresses. With more than 12 warps a program the assembler
-    refuses the accumulators.
+    A producer that gathers computes addresses. A loader makes room in time for four finishing
+    warps; but with more than 12 warps a program, a consumer multiplies its columns in two halves,
+    which reads a's half of the tile twice. That pays only where the product waits for its gather.
     """
-    if finish:
-        return 2, 168, 168, 168
-    return (4, 224, 56, 0) if gather else (1, 232, 40, 0)
+    if not finish:
+        return (4, 224, 56, 0, False) if gather else (1, 232, 40, 0, False)
+    if not loader:
+        return 2, 168, 168, 2, False
+    return (2, 160, 96, 4, True) if gather else (1, 168, 168, 2, True)
 
 
 def _cut(n: int, by: int) -> int:
@@ -156,7 +163,7 @@ def _rows(
         launch.stages,
         2 if epilogue == "swiglu" else launch.buffers,
         activation,
-        *_warps(gather=gather, finish=dact),
+        *_warps(gather=gather, finish=dact, loader=launch.loader),
     )
 
 

@@ -3,7 +3,8 @@
 The key is the GPU, Triton's version, the product, the dtype, D, I, E and the rows an expert has on
 average, rounded to a power of two. A measurement runs the real product on the real input of the
 first call; later calls and later processes read it from
-`$XDG_CACHE_HOME/moesaic/launches-<gpu>.json`. Nothing is measured while a CUDA graph is captured or
+`$XDG_CACHE_HOME/moesaic/launches-<gpu>-<triton>-<candidates>.json`: a choice among other candidates
+is none. Nothing is measured while a CUDA graph is captured or
 with MOESAIC_TUNE=0: then a remembered launch is used, or the first candidate.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import cache
@@ -35,7 +37,8 @@ CANDIDATES: dict[str, tuple[Launch, ...]] = {
     "down": _CONTIGUOUS,
     "activation_gradient": (
         *(Launch(256, 3, group_m) for group_m in (8, 2, 32)),
-        Launch(256, 3, 8, copy=True),
+        Launch(256, 3, 8, loader=True),
+        Launch(256, 3, 8, copy=True, loader=True),
     ),
     "x_gradient": _CONTIGUOUS,
     "up_gradient": _OUTER,
@@ -100,7 +103,9 @@ def _measure(candidates: Sequence[Launch], run: Callable[[Launch], Any]) -> Laun
 def _file(device: torch.device) -> Path:
     gpu = torch.cuda.get_device_name(device).replace(" ", "-").replace("/", "-").lower()
     cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache_home) / "moesaic" / f"launches-{gpu}-triton-{triton.__version__}.json"
+    candidates = f"{zlib.crc32(repr(sorted(CANDIDATES.items())).encode()):08x}"
+    name = f"launches-{gpu}-triton-{triton.__version__}-{candidates}.json"
+    return Path(cache_home) / "moesaic" / name
 
 
 def _launches(device: torch.device) -> dict[str, Launch]:
@@ -112,7 +117,7 @@ def _launches(device: torch.device) -> dict[str, Launch]:
 def _read(path: Path) -> dict[str, Launch]:
     """Read what is remembered; a damaged file counts as none.
 
-    So does a launch that is no candidate any more: the kernels of today may not run it.
+    So does a launch that is no candidate: the kernels may not run it.
     """
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
