@@ -101,14 +101,17 @@ class RouterChoice:
             # the split made these gates, and its experts belong to them in this order
             self._layers = iter([{"weight": torch.from_numpy(gate)} for gate in split.gates_LED])
             return
-        _check_network(dense, router.networks[0])
+        network = router.networks[0]
+        if dense.mixture == "moesaic_moe" and "linear" in router.networks:
+            network = "linear"  # its routers are one matrix
+        _check_network(dense, network)
         if isinstance(router, CalibratedRouter):
             self._fitter = router
             return
         inputs = RouterInputs(
             dense.checkpoint.path,
             self._growing,  # type: ignore[arg-type]  # a NeuronSplit whose layers are still coming
-            router.networks[0],
+            network,
             selects,
             recipe.data,
             recipe.seed,

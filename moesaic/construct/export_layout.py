@@ -116,6 +116,13 @@ def export_layout(
             f"{layout} has no weights of 1: the routers are scaled by {FLATTEN:g}, which makes "
             f"the weights of chosen experts nearly equal; outputs differ by {difference:.2g}"
         )
+    if any(
+        job.view.width * kind.itemsize % 16 for name, kind, _ in job.plan() if ".experts." in name
+    ):
+        note(
+            "transformers' default experts implementation asks for widths that are a multiple of "
+            '16 bytes: load it with experts_implementation="eager" or "moesaic"'
+        )
     if job.rule != target.llama_cpp:
         known = (
             f"always weighs {layout} by {target.llama_cpp}"

@@ -249,6 +249,10 @@ def _load(path: Path, overrides: dict[str, Any]) -> Any:
                 f"{path} does not load as a {type(loaded).__name__}: {problem.replace('_', ' ')} "
                 f"{found[0]} (and {len(found) - 1} more)."
             )
+    if loaded._can_set_experts_implementation():
+        # the loop over experts: torch's grouped product, transformers' default, asks for widths
+        # that are a multiple of 16 bytes
+        loaded.set_experts_implementation("eager")
     return loaded
 
 

@@ -111,6 +111,21 @@ def test_a_v2_mixture_goes_to_mixtral(tmp_path: Path) -> None:
     torch.testing.assert_close(given, ours(moe), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_widths_that_torch_s_grouped_product_refuses(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_family(tmp_path / "dense", kind, intermediate_size=45)
+    moe = convert(tmp_path / "dense", out=tmp_path / "moe", experts=3, top_k=2, gate="linear")
+    layout = {"llama": "mixtral", "qwen3": "qwen3_moe"}[kind]
+    with caplog.at_level("INFO", logger="moesaic"):
+        out = export_layout(moe, out=tmp_path / "out", layout=layout)
+    assert 'experts_implementation="eager"' in caplog.text
+    with torch.inference_mode():
+        given = stock(out, experts_implementation="eager")(IDS).logits
+    torch.testing.assert_close(given, ours(moe), atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("layout", ["mixtral", "qwen2_moe"])
 def test_weights_of_one_are_approached(layout: str, tmp_path: Path) -> None:
     moe = source(tmp_path, "llama")

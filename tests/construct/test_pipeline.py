@@ -225,6 +225,18 @@ def test_the_original_s_files_go_with_our_router_weighting_and_refit(dense, tmp_
         run(dense / "model", recipe(dense, split=split, experts=8))
 
 
+@pytest.mark.parametrize("router", ["random", "kaiming", "centroids"])
+def test_routers_of_either_network_are_one_matrix_where_only_that_goes(dense, tmp_path, router):
+    model = write_family(tmp_path / "model", "qwen3")
+    write_text_tokenizer(model)
+    made = run(model, recipe(dense, split="cluster", router=router), folder=tmp_path)
+    assert made.layers[1].router["weight"].shape == (4, 32)
+    found = moesaic.load(tmp_path / "split").get_decoder().layers[1].mlp.gate.weight
+    torch.testing.assert_close(found.detach(), made.layers[1].router["weight"])
+    with pytest.raises(UserError, match="routes by one matrix; the router is of network glu"):
+        run(model, recipe(dense, split="cmoe", router="representative"))
+
+
 def test_text_is_read_from_the_beginnings_of_documents(dense, tmp_path):
     words = (dense / "text.txt").read_text().split()
     documents = ["fox " + " ".join(words[i : i + 40]) for i in range(0, len(words), 40)]
