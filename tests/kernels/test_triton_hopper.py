@@ -101,6 +101,7 @@ def test_products_along_rows_compile_for_hopper(name, activation, sixteen, tmp_p
     assert "wgmma.mma_async" in ptx
     assert "cp.async.bulk.tensor" in ptx
     assert ("cp.async.cg" in ptx) == gather
+    assert ptx.count("griddepcontrol.wait") == 1
     assert compiled.metadata.shared <= 227 * 1024
     assert _stack(compiled, tmp_path) == 0
 
@@ -126,6 +127,7 @@ def test_weight_gradients_compile_for_hopper(transposed, sixteen, tmp_path):
     ptx = compiled.asm["ptx"]
     assert "wgmma.mma_async" in ptx
     assert "cp.async.cg" in ptx
+    assert ptx.count("griddepcontrol.wait") == 1
     assert _stack(compiled, tmp_path) == 0
 
 

@@ -38,6 +38,7 @@ from moesaic.kernels.triton.hopper_common import (
     tma_load,
 )
 from moesaic.kernels.triton.hopper_finish import PART, bring, finish
+from moesaic.kernels.triton.launch import in_turn
 
 
 @gluon.jit
@@ -315,6 +316,7 @@ def rows_kernel(
         buffers1 = gl.allocate_shared_memory(dtype, [BUFFERS, HALF, CHUNK], swizzled)
     fence_async_shared()
     sync()
+    in_turn(True)
     MANY: gl.constexpr = FINISHER_WARPS > 2
     if LOADER:
         gl.warp_specialize(

@@ -164,6 +164,7 @@ def _rows(
         2 if epilogue == "swiglu" else launch.buffers,
         activation,
         *_warps(gather=gather, finish=dact, loader=launch.loader),
+        launch_pdl=True,
     )
 
 
@@ -303,5 +304,6 @@ def outer(
         launch.stages,
         launch.buffers,
         *_warps(gather=True)[:3],
+        launch_pdl=True,
     )
     return out
