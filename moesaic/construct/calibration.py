@@ -9,7 +9,7 @@ import torch
 
 from moesaic.core.errors import UserError
 
-__all__ = ["calibration_rows"]
+__all__ = ["calibration_rows", "check_enough"]
 
 LEAST = 16
 """Tokens for each expert without which nothing can be fitted."""
@@ -40,10 +40,15 @@ def calibration_rows(
             break
     generator = torch.Generator().manual_seed(seed)
     ids_BC = rows_BC[torch.randperm(len(rows_BC), generator=generator)[:wanted]]
-    least = LEAST * experts
-    if ids_BC.numel() < least:
-        raise UserError(
-            f"{ids_BC.numel()} calibration tokens for {experts} experts. Give text of at "
-            f"least {least} tokens ({experts} experts x {LEAST}), better some thousands."
-        )
+    check_enough(ids_BC.numel(), experts)
     return ids_BC
+
+
+def check_enough(tokens: int, experts: int, *, each: int = LEAST) -> None:
+    """Raise UserError, which says how many are needed, for fewer than `each` tokens an expert."""
+    if tokens < each * experts:
+        raise UserError(
+            f"The calibration text holds {tokens} tokens, too few for {experts} experts: at least "
+            f"{each * experts} are needed ({each} an expert), better 100 times as many. Give more "
+            "text, raise tokens, or make fewer experts."
+        )

@@ -18,12 +18,13 @@ from typing import Any, Literal
 import torch
 
 from moesaic.construct.activations import LayerStream
+from moesaic.construct.calibration import check_enough
 from moesaic.construct.dense import DenseModel
 from moesaic.construct.sized_kmeans import Distance, means, nearest, size_bounds, sized_kmeans
 from moesaic.core.console import note, track
 from moesaic.core.errors import UserError
 
-__all__ = ["HiddenLayer", "HiddenSettings", "check_enough", "hidden_gates", "hidden_layers"]
+__all__ = ["HiddenLayer", "HiddenSettings", "hidden_gates", "hidden_layers"]
 
 TOKENS_PER_EXPERT = 32
 """Fewer than this and a center is a few tokens' noise."""
@@ -113,7 +114,7 @@ def hidden_gates(
     """
     settings = settings or HiddenSettings()
     count = ids_BC.numel() if real_BC is None else int(real_BC.sum())
-    check_enough(count, experts)
+    check_enough(count, experts, each=TOKENS_PER_EXPERT)
     gates, wins = [], []
     layers = hidden_layers(dense, ids_BC, real_BC)
     for seen in track(layers, "clustering hidden features", total=dense.layers):
@@ -133,17 +134,6 @@ def hidden_gates(
         wins.append([int(number) for number in won_E])
     _check_winners(wins, count)
     return torch.stack(gates), wins
-
-
-def check_enough(tokens: int, experts: int) -> None:
-    """Raise UserError where there is too little text to cluster for this many experts."""
-    needed = TOKENS_PER_EXPERT * experts
-    if tokens < needed:
-        raise UserError(
-            f"The calibration text holds {tokens} tokens, too few for {experts} experts: at least "
-            f"{needed} are needed ({TOKENS_PER_EXPERT} an expert), better 100 times as many. Give "
-            "more text or fewer experts."
-        )
 
 
 def _centers(

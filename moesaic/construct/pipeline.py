@@ -31,13 +31,20 @@ from moesaic.construct.refit import Refit
 from moesaic.construct.refits import REFITS
 from moesaic.construct.router import RouterInit
 from moesaic.construct.split import NeuronSplit
-from moesaic.construct.stages import held_out, name_the_idle, name_the_unrefined, stage_records
+from moesaic.construct.stages import (
+    held_out,
+    name_the_idle,
+    name_the_uncovered,
+    name_the_unrefined,
+    stage_records,
+)
 from moesaic.construct.weighting import Weighting, layer_fields
 from moesaic.construct.weightings import WEIGHTINGS
 from moesaic.core.console import track
 from moesaic.core.errors import UserError, check_seed
 from moesaic.core.files import check_step, output_directory, write_text
 from moesaic.core.lineage import write_lineage
+from moesaic.measure.exactness import is_exact
 from moesaic.models.selects import Selects, together
 
 __all__ = ["Construction", "Recipe", "construct", "results", "run"]
@@ -136,7 +143,9 @@ def results(made: Construction) -> dict[str, Any]:
     return {
         "model": str(made.dense.checkpoint.path),
         "recipe": recipe.model_dump(mode="json"),
-        "exact": made.split().exact and all(stage is None for stage in changed),
+        "exact": made.split().exact
+        and all(stage is None for stage in changed)
+        and all(is_exact(layer.facts["all_on"], layer.facts["largest"]) for layer in made.layers),
         "experts_per_layer": None if made.allotment is None else made.allotment.facts(),
         "last_norm": made.last_norm,
         "stages": made.stages,
@@ -236,6 +245,7 @@ def _make(
             writer.end(changed if stage == "refit" else {})
     facts = [layer.facts for layer in made.layers]
     name_the_idle(facts)
+    name_the_uncovered(made.split())
     name_the_unrefined(facts)
     made.seconds |= {**maker.seconds, "construct": time.monotonic() - started}
     losses: dict[str, Mapping[str, float] | None] = {"dense": dense_loss}

@@ -10,9 +10,10 @@ import torch
 
 from moesaic.construct.dense import DenseModel
 from moesaic.construct.recipe import Recipe, stage_names
+from moesaic.construct.split import NeuronSplit
 from moesaic.core.console import note
 
-__all__ = ["held_out", "name_the_idle", "name_the_unrefined", "stage_records"]
+__all__ = ["held_out", "name_the_idle", "name_the_uncovered", "name_the_unrefined", "stage_records"]
 
 _FLOAT32_BELOW = 2_000_000_000
 """Parameters up to which losses are measured in float32; larger models in their own type."""
@@ -67,10 +68,24 @@ def held_out(directory: Path, dense: DenseModel, recipe: Recipe) -> dict[str, fl
 
 def name_the_idle(facts: Sequence[Mapping[str, Any]]) -> None:
     """Say which experts no calibration token chose, by layer and number."""
-    never = [f"layer {f['layer']} expert {expert}" for f in facts for expert in f["never_chosen"]]
+    never = [
+        f"layer {f['layer']} expert{'s' if len(f['never_chosen']) > 1 else ''} "
+        + ", ".join(map(str, f["never_chosen"]))
+        for f in facts
+        if f["never_chosen"]
+    ]
     if never:
-        rest = f" and {len(never) - 8} more" if len(never) > 8 else ""
-        note(f"no calibration token chose {', '.join(never[:8])}{rest}")
+        note(f"no calibration token chose {'; '.join(never)}. More text or fewer experts may help.")
+
+
+def name_the_uncovered(split: NeuronSplit) -> None:
+    """Say that a split repeats or drops neurons, so that all experts on are not the dense model."""
+    if not split.exact:
+        covered = sum(split.coverage()) / split.layers
+        note(
+            "neurons repeat or vanish in this split, so all experts on are not the dense model: "
+            f"{covered:.1%} of the neurons are covered"
+        )
 
 
 def name_the_unrefined(facts: Sequence[Mapping[str, Any]]) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -43,13 +46,52 @@ def refused(result, out, *words):
 def test_text_too_short_for_the_experts(dense, tmp_path):
     short = write_text(tmp_path / "short.txt", 100)
     done = construct(dense, tmp_path / "moe", "--set", "experts=8", data=short)
-    refused(done, tmp_path / "moe", "96 calibration tokens for 8 experts", "at least 128 tokens")
+    refused(done, tmp_path / "moe", "96 tokens, too few for 8 experts", "at least 128 are")
     none = write_text(tmp_path / "none.txt", 10)
     refused(
         construct(dense, tmp_path / "moe", data=none),
         tmp_path / "moe",
         "less than one row of 32 tokens",
     )
+
+
+@pytest.mark.parametrize("method", ["energy", "cmoe", "expertweaver", "static"])
+def test_text_too_short_for_a_split_or_router_by_itself(dense, tmp_path, method):
+    short, settings = write_text(tmp_path / "short.txt", 100), tmp_path / "settings.yaml"
+    settings.write_text(f"method: {method}\ncontext: 32\n")
+    given = (dense / "model", "-o", tmp_path / "out", "--method", settings, "--experts", 8)
+    words = ("96 tokens, too few for 8 experts", "at least 128 are needed")
+    refused(run_cli("split", *given, "--data", short), tmp_path / "out", *words)
+    if method == "energy":
+        labels = [np.arange(48) % 8] * 2
+        split = NeuronSplit.from_labels(labels, experts=8).save(tmp_path / "s.safetensors")
+        given = (*given[:5], "--split", split, "--gate", "linear")
+        refused(run_cli("router", *given, "--data", short), tmp_path / "out", *words)
+
+
+def test_all_idle_experts_are_named(dense, tmp_path):
+    same = tmp_path / "same.txt"  # one token: one choice in every layer
+    same.write_text("a" * 3000)
+    done = construct(dense, tmp_path / "moe", "--set", "experts=16", data=same)
+    said = " ".join(done.stderr.split())
+    for layer in range(2):
+        named = re.search(rf"layer {layer} experts ([\d, ]+)", said)
+        assert named is not None
+        assert len({int(number) for number in named[1].split(",")}) >= 10
+    assert "more" not in said.partition("chose")[2].partition(". More text")[0]
+
+
+def test_a_split_that_drops_neurons_is_said_not_to_be_the_dense_model(dense, tmp_path):
+    parts = [[list(range(12 * e, 12 * e + 11)) for e in range(4)] for _ in range(2)]
+    torch.save(dict(enumerate(parts)), tmp_path / "neuron_indices.pt")
+    plain = [part for key in ("refit", "attention") for part in ("--set", f"{key}=null")]
+    split = ("--set", f"split={tmp_path}/neuron_indices.pt")
+    done = construct(dense, tmp_path / "moe", *split, *plain)
+    assert "91.7% of the neurons are covered" in " ".join(done.stderr.split())
+    assert json.loads((tmp_path / "moe/construct.json").read_text())["exact"] is False
+    done = construct(dense, tmp_path / "whole", *plain)
+    assert "covered" not in done.stderr
+    assert json.loads((tmp_path / "whole/construct.json").read_text())["exact"] is True
 
 
 def test_experts_that_never_win_are_named(dense, tmp_path):
@@ -62,7 +104,7 @@ def test_experts_that_never_win_are_named(dense, tmp_path):
     done = construct(dense, tmp_path / "moe", "--set", "split=sequential", model=path)
     assert done.exit_code == 0, done.stderr
     said = " ".join(done.stderr.split())
-    assert "no calibration token chose layer 0 expert 3, layer 1 expert 2" in said
+    assert "no calibration token chose layer 0 expert 3; layer 1 expert 2." in said
     page = (tmp_path / "moe/report.html").read_text()
     assert "Idle" in page
 

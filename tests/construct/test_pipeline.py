@@ -256,7 +256,7 @@ def test_text_is_read_from_the_beginnings_of_documents(dense, tmp_path):
 def test_what_is_missing_is_said(dense, caplog):
     for fields, message in (
         ({"data": None}, "No calibration text"),
-        ({"tokens": 64, "experts": 12}, "12 experts x 16"),
+        ({"tokens": 64, "experts": 12}, "12 experts: at least 192 are needed"),
         ({"top_k": 5}, "top_k=5"),
         ({"shared": 2}, "at least 3"),
         ({"experts": 5}, "does not divide"),
@@ -271,7 +271,7 @@ def test_what_is_missing_is_said(dense, caplog):
         run(dense / "model", recipe(dense, tokens=512, split="static", router="first"))
     said = caplog.text
     assert "Give more text or tokens" in said
-    assert "layer 0 expert 2, layer 0 expert 3" in said  # never chosen, by name
+    assert "layer 0 experts 2, 3; layer 1 experts 2, 3" in said  # never chosen, by name
 
 
 @pytest.mark.gpu

@@ -139,6 +139,7 @@ class ConvertedLayer:
             else 1,
             "never_chosen": [e for e, v in enumerate(load_E.tolist()) if v == 0],
             "all_on": self._all_on(view.neurons_TF, own_TD),
+            "largest": float(own_TD[:_FEW].abs().max()),
         }
 
     @torch.inference_mode()

@@ -20,6 +20,7 @@ from pydantic import Field
 from torch.nn.functional import silu
 
 from moesaic.construct.activations import LayerStream, text_sample
+from moesaic.construct.calibration import check_enough
 from moesaic.construct.method import LayerSplit, SplitInputs, SplitMethod
 from moesaic.construct.router import Gate, RouterInputs, RouterMethod
 
@@ -157,6 +158,7 @@ def _views(
 ) -> Iterator[LayerView]:
     """Every layer of the dense model in order, on `tokens` tokens of the inputs' text."""
     ids_BC = text_sample(inputs.model, inputs.data, tokens=tokens, context=context)
+    check_enough(ids_BC.numel(), sizes["experts"])
     for seen in LayerStream(inputs.dense, context=context).layers(ids_BC):
         yield LayerView.of(
             seen.layer,

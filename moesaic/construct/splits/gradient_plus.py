@@ -96,11 +96,12 @@ class GradientPlus(SplitMethod):
         import torch
 
         from moesaic.construct.activations import text_sample
+        from moesaic.construct.calibration import check_enough
         from moesaic.construct.cluster_importance import cluster_importance, text_batches
-        from moesaic.construct.hidden import HiddenSettings, check_enough, hidden_gates
+        from moesaic.construct.hidden import TOKENS_PER_EXPERT, HiddenSettings, hidden_gates
 
         ids_BC = text_sample(inputs.model, inputs.data, tokens=self.tokens, context=self.context)
-        check_enough(ids_BC.numel(), routed)
+        check_enough(ids_BC.numel(), routed, each=TOKENS_PER_EXPERT)
         inputs.facts["tokens"] = ids_BC.numel()
         if "gates" in inputs.arrays:
             gates_LED = torch.from_numpy(inputs.arrays["gates"])
