@@ -29,7 +29,9 @@ def overlaps(device: torch.device) -> bool:
 
     Where they may, kernels of this layer are launched with `launch_pdl` and begin with `in_turn`.
     """
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] >= 9
 
 
 @triton.jit
