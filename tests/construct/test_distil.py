@@ -98,11 +98,11 @@ def test_a_dense_layer_misses_nothing(case):
     assert facts["loss_after"] <= facts["loss_before"]
 
 
-@pytest.mark.parametrize("top_k", [1, 2])
-def test_everything_in_a_layer_moves_and_nothing_behind_it(case, top_k):
+@pytest.mark.parametrize(("top_k", "rate"), [(1, 3e-4), (2, 1e-4)])
+def test_everything_in_a_layer_moves_and_nothing_behind_it(case, top_k, rate):
     one = case(top_k=top_k)
     before = [{k: w.clone() for k, w in module.state_dict().items()} for module in one.frozen]
-    facts, after = one.distil(learning_rate=1e-3)
+    facts, after = one.distil(learning_rate=rate)
     for name in ("missed", "kl", "loss"):
         assert facts[f"{name}_after"] < facts[f"{name}_before"]
     still = {name for name, weight in one.start.items() if torch.equal(weight, after[name])}
