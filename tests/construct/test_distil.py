@@ -98,15 +98,13 @@ def test_a_dense_layer_misses_nothing(case):
     assert facts["loss_after"] <= facts["loss_before"]
 
 
-@pytest.mark.parametrize(("top_k", "rate"), [(1, 3e-4), (2, 1e-4)])
-def test_everything_in_a_layer_moves_and_nothing_behind_it(case, top_k, rate):
-    one = case(top_k=top_k)
+def test_everything_in_a_layer_moves_and_nothing_behind_it(case):
+    one = case()
     before = [{k: w.clone() for k, w in module.state_dict().items()} for module in one.frozen]
-    facts, after = one.distil(learning_rate=rate)
+    facts, after = one.distil()
     for name in ("missed", "kl", "loss"):
         assert facts[f"{name}_after"] < facts[f"{name}_before"]
-    still = {name for name, weight in one.start.items() if torch.equal(weight, after[name])}
-    assert still == (set() if top_k > 1 else {"router_ED", "bias_E"})  # as in `near_one`
+    assert all(not torch.equal(weight, after[name]) for name, weight in one.start.items())
     for module, weights in zip(one.frozen, before, strict=True):
         assert all(
             torch.equal(weight, weights[name]) for name, weight in module.state_dict().items()

@@ -14,7 +14,6 @@ from moesaic.construct.free.block import Fixed, RoutedBlock, dense_block
 from moesaic.construct.free.distil import Distillation
 from moesaic.construct.pipeline import Recipe, results, run
 from moesaic.core.errors import UserError
-from moesaic.models.gates import TopKBalancedNoisyGate
 from tests.construct.dense_family_models import FAMILIES, write_family
 from tests.construct.dense_models import changed_dense, write_dense, write_text_tokenizer
 
@@ -223,25 +222,6 @@ def test_masked_experts_are_the_sorted_ones(biased, routed):
         found.append([out_TD, *(getattr(block, name).grad.clone() for name in names)])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("top_k", [1, 2])
-def test_the_router_s_gradient_is_that_of_the_mixture_s_gate(biased, top_k):
-    block, _ = _block(biased, top_k)
-    x_TD = torch.randn(40, 32, generator=torch.Generator().manual_seed(2))
-    block.experts(x_TD).square().sum().backward()
-    gate = TopKBalancedNoisyGate(
-        *(32, 4, top_k), network="linear", add_noise=False, bias=True, weighting="one"
-    )
-    router = {"weight": block.router_ED.detach(), "bias": block.bias_E.detach()}
-    gate.gate_network.load_state_dict(router)
-    chosen = gate(x_TD)
-    weights_TE = torch.zeros(40, 4).scatter(1, chosen.ids, chosen.weights)
-    block._all(x_TD, weights_TE).add(block.fixed.down_bias_D).square().sum().backward()
-    wanted = gate.gate_network.weight.grad
-    found = torch.zeros(4, 32) if block.router_ED.grad is None else block.router_ED.grad
-    torch.testing.assert_close(found, wanted, atol=1e-3, rtol=1e-3)
-    assert bool(found.any()) == (top_k > 1)
 
 
 @pytest.mark.parametrize("shared", [0, 1])

@@ -1,7 +1,6 @@
 """A converted decoder layer that can be trained: attention, norms, experts and their router.
 
-The choice of experts is a step; its gradient is the one that the mixture's router will have in
-training (`near_one`), straight through the softmax where several are chosen.
+The choice of experts is a step; its gradient is taken straight through the router's softmax.
 Notation: B rows, C tokens a row, T = B*C tokens, D hidden size, E experts, I neurons of an expert,
 P = E*I neurons and those of shared experts behind them, K chosen experts.
 """
@@ -17,7 +16,6 @@ from torch import nn
 from torch.nn import functional
 
 from moesaic.construct.activations import LayerStream
-from moesaic.models.gates import near_one
 
 __all__ = ["Fixed", "RoutedBlock", "dense_block"]
 
@@ -78,8 +76,8 @@ class RoutedBlock(nn.Module):
     def experts(self, x_TD: torch.Tensor) -> torch.Tensor:
         """The sum of the chosen experts: [T, D]."""
         shares_TE = functional.linear(x_TD, self.router_ED, self.bias_E).softmax(1)
-        ids_TK = shares_TE.topk(self.fixed.top_k, dim=1).indices
-        weights_TK = near_one(shares_TE, shares_TE.new_zeros(len(self.router_ED)), ids_TK)
+        shares_TK, ids_TK = shares_TE.topk(self.fixed.top_k, dim=1)
+        weights_TK = 1 + (shares_TK - shares_TK.detach())
         if x_TD.is_cuda:
             weights_TE = torch.zeros_like(shares_TE).scatter(1, ids_TK, weights_TK)
             out_TD = self._all(x_TD, weights_TE)
