@@ -36,6 +36,7 @@ from benchmarks.construction_jobs import DENSE, SCRATCH, Bench, Settings, as_dic
 ROOT = Path("/work/shared")
 OURS: dict[str, Any] = {"refit": {"method": "down", "blend": 0.75}, "attention": 1.0}
 PLAIN: dict[str, Any] = {"refit": None, "attention": None}
+AS_CMOE: dict[str, Any] = {"weighting": "one", **PLAIN}
 GSP = {"method": "gradient-plus", "tokens": 32_768}
 V2 = {"method": "softmax", "scale": "auto"}
 METHODS: dict[str, dict[str, Any]] = {
@@ -49,10 +50,10 @@ METHODS: dict[str, dict[str, Any]] = {
         "shared": 1,
         **PLAIN,
     },
-    "cmoe": {"split": "cmoe", "router": "representative", "shared": "half", **PLAIN},
-    "expertweaver": {"split": "expertweaver", "router": "mean-gate", "shared": "half", **PLAIN},
-    "pruned": {"split": "static", "router": "first", **PLAIN},
-    "pruned + refit": {"split": "static", "router": "first", **OURS},
+    "cmoe": {"split": "cmoe", "router": "representative", "shared": "half", **AS_CMOE},
+    "expertweaver": {"split": "expertweaver", "router": "mean-gate", "shared": "half", **AS_CMOE},
+    "pruned": {"split": "static", "router": "first", **AS_CMOE},
+    "pruned + refit": {"split": "static", "router": "first", "weighting": "one", **OURS},
     "cmoe + refit": {"split": "cmoe", "router": "representative", "shared": "half", **OURS},
     "v1 random + our router, refit": {"split": "random", **OURS},
     "energy, no refit": PLAIN,

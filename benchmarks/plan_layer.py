@@ -61,7 +61,7 @@ def closed_form(path: Path, out: Path, recipe: Recipe) -> dict[str, Any]:
     rows = recipe.tokens // recipe.context
     ids_BC = torch.randint(0, VOCABULARY, (rows, recipe.context))
     selects = recipe.top_k - recipe.shared
-    fields = WEIGHTINGS.resolve("one").fields(
+    fields = WEIGHTINGS.resolve("tempered").fields(
         routed=recipe.experts - recipe.shared, selects=selects
     )
     split = SplitChoice(dense, recipe)

@@ -128,7 +128,7 @@ class Blueprint:
         if self.config.get("gate_add_noise", True):
             noise = torch.zeros(self.split.num_experts, self.dense.hidden)
             tensors[f"{start}gate.weight_noise.weight"] = noise
-        if self.config.get("gate_weighting") == "one":
+        if self.config.get("gate_weighting", "scores") != "scores":
             tensors[f"{start}gate.correction"] = torch.zeros(self.split.num_experts)
         shared = self.router.shared[layer]
         if shared is not None:

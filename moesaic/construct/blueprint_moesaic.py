@@ -48,7 +48,7 @@ class BlueprintMoesaic(Blueprint):
         """The router under its final names, in the checkpoint's type."""
         start = f"{self.prefix}layers.{layer}.mlp.gate."
         weights = self.router.layers[layer]
-        if self.config["weighting"] == "learned":
+        if self.config["weighting"] in ("learned", "tempered"):
             weights = {**weights, "scale": torch.zeros(self.split.num_experts)}
         return {f"{start}{name}": tensor.to(self.experts_dtype) for name, tensor in weights.items()}
 

@@ -129,7 +129,7 @@ def _moesaic(own: Any, obstacles: list[str]) -> MixtureView:
         top_k=top_k,
         width=own.moe_intermediate_size,
         shared_width=own.shared_expert_intermediate_size,
-        rule="one" if own.weighting == "learned" else own.weighting,
+        rule="one" if own.weighting in ("learned", "tempered") else own.weighting,
         factors=tuple(own.scaling_of(i) for i in range(text["num_hidden_layers"])),
         router_bias=own.router_bias,
         obstacles=tuple(obstacles),
@@ -166,7 +166,7 @@ def _llama_moe(own: Any, text: dict[str, Any], obstacles: list[str]) -> MixtureV
     widths = {size for layer in sizes for size in layer} if sizes else set()
     if len(widths) > 1:
         obstacles.append(f"its experts are {min(widths)} to {max(widths)} neurons wide")
-    near_one = getattr(own, "gate_weighting", "scores") == "one" or not own.multiply_gate_scores
+    near_one = getattr(own, "gate_weighting", "scores") != "scores" or not own.multiply_gate_scores
     for found, what in (
         (own.gate_network != "linear", f"its router is a {own.gate_network}, not one matrix"),
         (own.gate_type != "TopKBalancedNoisyGate", f"its gate is a {own.gate_type}"),

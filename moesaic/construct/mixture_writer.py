@@ -153,9 +153,9 @@ def _fields(dense: DenseModel, fields: Mapping[str, Any]) -> dict[str, Any]:
     """A weighting's fields of a LLaMA-MoE config, or what stands for them in a moesaic_moe's."""
     if dense.mixture == "llama_moe":
         return dict(fields)
-    near_one = fields.get("gate_weighting") == "one"
+    corrected = {"one": "learned", "tempered": "tempered"}
     return {
-        "weighting": "learned" if near_one else "renormalised",
+        "weighting": corrected.get(fields.get("gate_weighting", "scores"), "renormalised"),
         "routed_scaling_factor": fields.get("score_scale_factor", 1.0),
     }
 

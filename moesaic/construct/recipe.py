@@ -43,7 +43,7 @@ class Recipe(Config):
     router: Choice = "energy"
     """The router init: a name, settings, what `moesaic router` wrote, or LLaMA-MoE-v2's
     gate_weights.pt."""
-    weighting: Choice = "one"
+    weighting: Choice = "tempered"
     """How chosen experts add up: a name or settings."""
     refit: Choice | None = "down"
     """How the dropped experts are made up for in closed form; null: not at all."""
@@ -124,8 +124,11 @@ def refinement(recipe: Recipe) -> Distillation | None:
     settings = dict(chosen)
     if settings.pop("method", None) != "layerwise":
         raise UserError(f"refine={recipe.refine!r} was given. Use layerwise, or null.")
-    if name_of(recipe.weighting) != "one":
-        raise UserError("refine: layerwise needs weighting: one. Change it, or use refine: null.")
+    if name_of(recipe.weighting) not in ("tempered", "one"):
+        raise UserError(
+            "refine: layerwise needs weights of 1 at conversion (weighting: tempered or one). "
+            "Change it, or use refine: null."
+        )
     return parse(Distillation, settings, source="refine layerwise")
 
 

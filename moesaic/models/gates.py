@@ -3,8 +3,8 @@
 Source: LLaMA-MoE (arXiv 2406.16554), noisy top-k of Shazeer et al. (arXiv 1701.06538), Switch
 (arXiv 2101.03961). Logits, noise, choice and probabilities are float32 whatever the model's dtype:
 in bf16, ties among experts change the choice. Load counts tokens, importance sums scores (of one
-chosen expert of weight near one: beside the next best); rows that `valid_T` marks False (padding)
-count in neither.
+chosen expert whose weight starts at one: beside the next best); rows that `valid_T` marks False
+(padding) count in neither.
 
 Notation: T tokens, D hidden size, E experts, K chosen experts of a token.
 """
@@ -22,7 +22,7 @@ from moesaic.kernels.router import Scheme
 from moesaic.models.randomness import Randomness
 
 GateNetwork = Literal["mlp", "linear", "glu"]
-Weighting = Literal["scores", "one"]
+Weighting = Literal["scores", "one", "tempered"]
 LoadRule = Literal["shazeer", "original"]
 ScoreRule = Literal["probability", "original"]
 
@@ -49,8 +49,8 @@ class Gate(nn.Module):
 
     `network=None` builds a gate without parameters. "mlp" is D -> E, tanh, E -> E; "linear" is D ->
     E; "glu" is one gated neuron an expert, |silu(gate x) * (up x)| (CMoE's). Only "linear" has a
-    bias, and only when asked for. `weighting="one"` weighs a chosen expert by 1 + u_e * s_e: s is
-    the softmax over all experts, u a learned vector that starts at zero (`correction`).
+    bias, and only when asked for. `weighting="one"` (`near_one`) and "tempered" (`tempered`) weigh
+    every chosen expert by 1 until a learned vector (`correction`) leaves zero.
     """
 
     is_moe_router = True  # how `moesaic.recording` knows it
@@ -98,7 +98,9 @@ class Gate(nn.Module):
             self.gate_network = None
         else:
             raise unknown("gate network", str(network), ("mlp", "linear", "glu"))
-        self.correction = nn.Parameter(torch.zeros(num_experts)) if weighting == "one" else None
+        self.weighting = weighting
+        corrected = weighting in ("one", "tempered")
+        self.correction = nn.Parameter(torch.zeros(num_experts)) if corrected else None
 
     def forward(
         self, x_TD: torch.Tensor, valid_T: torch.Tensor | None = None, statistics: bool = True
@@ -115,10 +117,12 @@ class Gate(nn.Module):
     def _weights(
         self, logits_TE: torch.Tensor, ids_TK: torch.Tensor, scores_TK: torch.Tensor
     ) -> torch.Tensor:
-        """Weights [T, K] of the chosen experts: their scores, or `near_one`."""
+        """Weights [T, K] of the chosen experts: scores, or starting at 1."""
         if self.correction is None:
             return scores_TK
-        return near_one(logits_TE.softmax(dim=-1), self.correction, ids_TK)
+        return (near_one if self.weighting == "one" else tempered)(
+            logits_TE, self.correction, ids_TK
+        )
 
     def _sums(
         self, ids_TK: torch.Tensor, values_TK: torch.Tensor | float, valid_T: torch.Tensor | None
@@ -400,19 +404,36 @@ GATES: dict[str, type[Gate]] = {
 
 
 def near_one(
-    shares_TE: torch.Tensor, correction_E: torch.Tensor, ids_TK: torch.Tensor
+    logits_TE: torch.Tensor, correction_E: torch.Tensor, ids_TK: torch.Tensor
 ) -> torch.Tensor:
-    """Weights of the chosen experts, [T, K]: 1 + u_e * s_e, with the gradient of (1 + u_e) * s_e.
+    """Weights of the chosen experts, [T, K]: 1 + u_e * s_e, s the softmax over all experts.
 
-    u is learned and starts at zero, where the router would have no gradient else. With one chosen
-    expert that gradient makes training worse (benchmarks/construction.md); u moves first there.
+    u is learned and starts at zero (CMoE, arXiv 2502.04416).
     """
     # All experts' weights first: the gradient of correction[ids] would add up T * K numbers one
     # after the other, a fifth of a training step on a GPU.
-    weights_TE = 1.0 + correction_E.float() * shares_TE
-    if ids_TK.shape[1] > 1 and torch.is_grad_enabled():
-        weights_TE = weights_TE + (shares_TE - shares_TE.detach())
+    weights_TE = 1.0 + correction_E.float() * logits_TE.softmax(dim=-1, dtype=torch.float32)
     return weights_TE.gather(1, ids_TK)
+
+
+def tempered(
+    logits_TE: torch.Tensor, correction_E: torch.Tensor, ids_TK: torch.Tensor
+) -> torch.Tensor:
+    """Weights of the chosen experts, [T, K], of mean 1: K * softmax over them of 10 u_e log p_e.
+
+    p is the softmax of their logits. u is learned: at zero all weights are 1, at 0.1 they are
+    K * p, the usual ones. u moves first, then the router, whose gradient u is a factor of. One
+    chosen expert is weighed beside the next best. (Ten, as Adam moves every number by about the
+    learning rate: too slow for an exponent.)
+    """
+    chosen = ids_TK.shape[1]
+    if chosen == 1 and logits_TE.shape[1] > 1:
+        others_TE = logits_TE.detach().scatter(1, ids_TK, float("-inf"))
+        ids_TK = torch.cat([ids_TK, others_TE.argmax(dim=1, keepdim=True)], dim=1)
+    logs_TK = logits_TE.float().gather(1, ids_TK).log_softmax(dim=-1)
+    exponents_TK = (10.0 * correction_E.float()).expand_as(logits_TE).gather(1, ids_TK)
+    weights_TK = ids_TK.shape[1] * (exponents_TK * logs_TK).softmax(dim=-1)
+    return weights_TK[:, :chosen]
 
 
 def squared_variation(values_E: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -120,7 +120,7 @@ class LlamaMoEConfig(PreTrainedConfig):
     gate_bias: bool = False
     """Whether a "linear" network has a bias."""
     gate_weighting: Weighting = "scores"
-    """Weight of a chosen expert: its score, or ("one") 1 + u_e * s_e with u learned from zero."""
+    """Weight of a chosen expert: its score, or `gates.near_one` ("one") or `gates.tempered`."""
     gate_use_softmax: bool = True
     gate_use_balance: bool = True
     gate_balance_loss_weight: float = 1e-2
@@ -162,16 +162,16 @@ class LlamaMoEConfig(PreTrainedConfig):
                 raise unknown(field, str(getattr(self, field)), names)
         for field, choices in (
             ("gate_network", ("mlp", "linear", "glu")),
-            ("gate_weighting", ("scores", "one")),
+            ("gate_weighting", get_args(Weighting)),
             ("dropped_padding", ("zero", "input")),
             ("load_rule", ("shazeer", "original")),
             ("score_rule", ("probability", "original")),
         ):
             if getattr(self, field) not in choices:
                 raise unknown(field, str(getattr(self, field)), choices)
-        if self.gate_weighting == "one" and self.gate_type != "TopKBalancedNoisyGate":
+        if self.gate_weighting != "scores" and self.gate_type != "TopKBalancedNoisyGate":
             raise UserError(
-                f"gate_weighting='one' with {self.gate_type}. "
+                f"gate_weighting={self.gate_weighting!r} with {self.gate_type}. "
                 "Use gate_type='TopKBalancedNoisyGate', or gate_weighting='scores'."
             )
         if self.gate_bias and self.gate_network != "linear":

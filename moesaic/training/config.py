@@ -114,8 +114,9 @@ class OptimizerConfig(Config):
     """Decoupled weight decay, per unit of learning rate."""
     clip: float | None = Field(default=1.0, gt=0)
     """Largest norm of the whole gradient; None: no clipping."""
-    router_lr: float = Field(default=1.0, gt=0)
-    """Factor on the learning rate of the routers' weights."""
+    router_lr: float | None = Field(default=None, gt=0)
+    """Factor on the learning rate of the routers' weights; None: 0.1 where a construction fitted
+    them (weights of chosen experts that start at one), else 1."""
 
     @field_validator("betas")
     @classmethod

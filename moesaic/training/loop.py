@@ -31,7 +31,7 @@ from moesaic.recipes import find
 from moesaic.training import batches, export, setup, state
 from moesaic.training.balance import choose_balance
 from moesaic.training.config import TrainConfig
-from moesaic.training.optimizer import Optimizer
+from moesaic.training.optimizer import Optimizer, router_lr
 from moesaic.training.schedule import Schedule
 from moesaic.training.step import PassOutput, build_pass, run_update
 from moesaic.training.telemetry import LOG_NAME, Clock, Log, Window, peak_flops
@@ -391,6 +391,9 @@ class Run:
         )
         if self.balance.kind is not None:
             note(str(self.balance))
+        factor = router_lr(self.model, config.optimizer)
+        if factor != (config.optimizer.router_lr or 1.0):
+            note(f"routers learn at {factor:g} of the rate: they were fitted (optimizer.router_lr)")
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """AdamW with the groups a language model wants, and fp32 master copies for bf16 weights.
 
 Decay leaves out biases and norm weights (LLaMA-MoE's rule: names with ``norm`` and one-dimensional
-parameters). Routers may have a learning rate of their own.
+parameters). Routers may have a learning rate of their own; those that a construction fitted need
+one, or the first updates undo them (benchmarks/construction.md).
 """
 
 from __future__ import annotations
@@ -24,13 +25,23 @@ def decays(name: str, parameter: torch.Tensor) -> bool:
 
 
 def is_router(name: str) -> bool:
-    """Say whether a parameter belongs to a router, by its name."""
-    return any(part in name for part in _ROUTER_PARTS)
+    """Say whether a parameter decides which experts are chosen, by its name."""
+    weighs = name.endswith(("gate.correction", "gate.scale"))  # the chosen ones only
+    return not weighs and any(part in name for part in _ROUTER_PARTS)
 
 
 def trainable(model: nn.Module) -> Named:
     """List the parameters that get gradients, tied ones once."""
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+def router_lr(model: nn.Module, config: OptimizerConfig) -> float:
+    """The factor on the learning rate of a model's routers."""
+    if config.router_lr is not None:
+        return config.router_lr
+    own = getattr(model, "config", None)
+    rule = getattr(own, "gate_weighting", None) or getattr(own, "weighting", None)
+    return 0.1 if rule in ("one", "learned", "tempered") else 1.0
 
 
 class Optimizer:
@@ -49,7 +60,7 @@ class Optimizer:
             master is not p
             for (_, master), (_, p) in zip(self.parameters, self.model_parameters, strict=True)
         )
-        groups = []
+        groups, factor = [], router_lr(model, config)
         for router in (False, True):
             for decay in (True, False):
                 members = [
@@ -62,7 +73,7 @@ class Optimizer:
                         {
                             "params": members,
                             "weight_decay": config.weight_decay if decay else 0.0,
-                            "lr_scale": config.router_lr if router else 1.0,
+                            "lr_scale": factor if router else 1.0,
                         }
                     )
         self.inner = torch.optim.AdamW(

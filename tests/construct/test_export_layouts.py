@@ -199,11 +199,12 @@ def test_reasons_name_the_part(tmp_path: Path) -> None:
         supports({"model_type": "gpt2"}, "mixtral")
 
 
-def test_trained_corrections_and_damage_are_found(tmp_path: Path) -> None:
+@pytest.mark.parametrize("weighting", ["learned", "tempered"])
+def test_trained_corrections_and_damage_are_found(weighting: str, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     moe = source(tmp_path, "qwen3")
-    edit_config(moe, weighting="learned")
+    edit_config(moe, weighting=weighting)
     file = moe / "model.safetensors"
     tensors = load_file(file)
     for layer in range(3):

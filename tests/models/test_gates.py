@@ -234,6 +234,8 @@ def test_balance_can_be_turned_off_and_statistics_skipped(name):
         (1, {}),
         (1, {"add_noise": False, "weighting": "one"}),
         (2, {"add_noise": False, "weighting": "one"}),
+        (1, {"add_noise": False, "weighting": "tempered"}),
+        (2, {"add_noise": False, "weighting": "tempered"}),
     ],
 )
 def test_balance_loss_pushes_towards_balance(chosen, settings):
@@ -255,6 +257,25 @@ def test_balance_loss_pushes_towards_balance(chosen, settings):
         gate(x).balance_loss.backward()
         optimizer.step()
     assert squared_variation(gate.eval()(x).load) < 0.1 * before
+
+
+@pytest.mark.parametrize("chosen", [1, 3])
+def test_tempered_weights_are_one_then_a_softmax_then_the_best_alone(chosen):
+    torch.manual_seed(0)
+    gate = TopKBalancedNoisyGate(
+        8, 5, chosen, network="linear", add_noise=False, weighting="tempered"
+    )
+    x_TD = 3 * torch.randn(40, 8)
+    assert torch.equal(gate(x_TD).weights, torch.ones(40, chosen))
+    compared = max(2, chosen)  # one chosen expert is weighed beside the next best
+    kept_TK = gate.logits(x_TD).topk(compared).values
+    for exponent in (1.0, 100.0):  # whatever is learned, no weight is larger than their number
+        gate.correction.data.fill_(exponent / 10)
+        wanted_TK = compared * (exponent * kept_TK).softmax(-1)[:, :chosen]
+        torch.testing.assert_close(gate(x_TD).weights, wanted_TK)
+    gate.correction.data.copy_(torch.tensor([0.1, -0.2, 0.0, 0.3, 0.1]))
+    gate(x_TD).weights.square().sum().backward()
+    assert all(bool(p.grad.any()) for p in (gate.correction, gate.gate_network.weight))
 
 
 def test_choice_in_bfloat16_follows_float32_scores_of_the_same_logits():

@@ -1,7 +1,7 @@
 import torch
 
 from moesaic.training.config import OptimizerConfig
-from moesaic.training.optimizer import Optimizer, decays, is_router
+from moesaic.training.optimizer import Optimizer, decays, is_router, router_lr
 from tests.training import models
 
 
@@ -33,6 +33,19 @@ def test_routers_may_learn_at_a_rate_of_their_own():
     for group in optimizer.inner.param_groups:
         for p in group["params"]:
             assert group["lr_scale"] == (0.1 if is_router(names[id(p)]) else 1.0)
+
+
+def test_fitted_routers_learn_slowly_unless_told_and_their_exponents_do_not():
+    model = models.llama_moe(gate_weighting="tempered", gate_add_noise=False)
+    scales = {}
+    optimizer = Optimizer(model, OptimizerConfig())
+    names = {id(p): n for n, p in model.named_parameters()}
+    for group in optimizer.inner.param_groups:
+        scales |= {names[id(p)]: group["lr_scale"] for p in group["params"]}
+    slow = {name for name, scale in scales.items() if scale == 0.1}
+    assert slow == {name for name in scales if ".gate_network." in name}
+    assert router_lr(model, OptimizerConfig(router_lr=2.0)) == 2.0
+    assert router_lr(models.llama_moe(), OptimizerConfig()) == 1.0
 
 
 def test_clipping_bounds_the_gradient_and_reports_its_norm():

@@ -12,9 +12,8 @@ from moesaic.construct.weightings import WEIGHTINGS
 class One(Weighting):
     """Weight 1 at conversion, 1 + u_e * s_e in training: s softmax over all experts, u from zero.
 
-    Nothing is renormalised, so all experts on are the dense model. u is CMoE's (arXiv 2502.04416);
-    as it starts at zero, the gradient of several chosen experts is that of (1 + u_e) * s_e, so that
-    the router learns from the first step on. No noise: it would undo a fitted router.
+    CMoE's (arXiv 2502.04416). Nothing is renormalised, so all experts on are the dense model. No
+    noise: it would undo a fitted router.
     """
 
     def fields(self, *, routed: int, selects: int) -> dict[str, Any]:

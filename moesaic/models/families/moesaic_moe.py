@@ -30,7 +30,7 @@ from moesaic.kernels.router import Scheme
 from moesaic.models.balance import layer_balance, pooled_balance
 from moesaic.models.decoder import Decision, DenseMLP, Experts, Router
 from moesaic.models.family import Family
-from moesaic.models.gates import near_one
+from moesaic.models.gates import near_one, tempered
 from moesaic.models.layouts import qwen_layout
 from moesaic.models.padding import share_of_step, valid_tokens
 from moesaic.models.pretrained import PreTrainedMoE
@@ -39,7 +39,7 @@ from moesaic.models.selects import check_selects, selects_of
 # What transformers checks and completes in every config that has it; text_config does so itself.
 _TEXT_ONLY = ("rope_parameters", "rope_scaling", "rope_theta", "layer_types")
 
-Weighting = Literal["softmax", "renormalised", "sigmoid", "one", "learned"]
+Weighting = Literal["softmax", "renormalised", "sigmoid", "one", "learned", "tempered"]
 
 
 class MoesaicMoeConfig(PreTrainedConfig):
@@ -149,7 +149,8 @@ class MoesaicRouter(Router):
         # named parameters only where the config asks for them, so that files hold no idle tensors
         zeros = torch.zeros(config.num_experts)
         self.bias = nn.Parameter(zeros.clone()) if config.router_bias else None
-        self.scale = nn.Parameter(zeros.clone()) if config.weighting == "learned" else None
+        corrected = config.weighting in ("learned", "tempered")
+        self.scale = nn.Parameter(zeros.clone()) if corrected else None
         self.layer = layer
 
     def score(self, x_TD: torch.Tensor) -> torch.Tensor:
@@ -167,14 +168,14 @@ class MoesaicRouter(Router):
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
         elif self.weighting == "one":
             weights_TK = torch.ones_like(weights_TK)
-        elif self.weighting == "learned":
-            assert self.scale is not None
-            weights_TK = near_one(probs_TE, self.scale, ids_TK)
+        elif self.scale is not None:
+            rule = near_one if self.weighting == "learned" else tempered
+            weights_TK = rule(logits_TE, self.scale, ids_TK)
         return weights_TK, ids_TK
 
     def scheme(self) -> Scheme | str:
         """What `choose` does, for `kernels.fuse_routers`, or why it is not fused."""
-        if self.weighting in ("one", "learned"):
+        if self.weighting in ("one", "learned", "tempered"):
             return f"its weighting is '{self.weighting}'"
         if self.weighting == "sigmoid":
             return Scheme(self.top_k, "sigmoid")
