@@ -6,7 +6,9 @@ Only the moments xᵀx [P, P] and xᵀy [P, Q] are kept, so tokens may come in p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -45,13 +47,6 @@ class Moments:
         self.xy_PQ.addmm_(x_TP.T, y_TQ)
         self.yy += float(y_TQ.square().sum())
 
-    def __add__(self, other: Moments) -> Moments:
-        both = Moments(self.inputs, self.outputs, self.tokens + other.tokens, self.device)
-        both.xx_PP = self.xx_PP + other.xx_PP
-        both.xy_PQ = self.xy_PQ + other.xy_PQ
-        both.yy = self.yy + other.yy
-        return both
-
     def error(self, w_PQ: torch.Tensor) -> float:
         """Sum of squared errors of the prediction x w on these tokens."""
         explained = (w_PQ * (2 * self.xy_PQ - self.xx_PP @ w_PQ)).double().sum()
@@ -85,7 +80,6 @@ def solve(
     Raises UserError for moments that are not finite, as those of activations that overflowed, and
     for a Gram matrix that is not positive definite at any strength.
     """
-    start_PQ = torch.zeros_like(fitted.xy_PQ) if start_PQ is None else start_PQ
     for name, value in (("inputs", fitted.xx_PP), ("targets", fitted.xy_PQ)):
         if not bool(torch.isfinite(value).all()):
             raise UserError(
@@ -93,9 +87,10 @@ def solve(
                 "not positive definite. Repair the checkpoint, or calibrate on other text."
             )
     scale = float(fitted.xx_PP.diagonal().double().mean()) / max(1, fitted.tokens)
-    before = held.error(start_PQ)
-    error, strength, w_PQ = before, float("inf"), start_PQ
-    ridge = _Ridge(fitted, start_PQ, factors)
+    w_PQ = torch.zeros_like(fitted.xy_PQ) if start_PQ is None else start_PQ
+    before = held.error(w_PQ)
+    error, strength = before, float("inf")
+    ridge = _Ridge([fitted], start_PQ, factors)
     solved = 0
     for candidate in strengths if scale > 0 else ():
         tried_PQ = ridge.weights(candidate * scale)
@@ -115,7 +110,7 @@ def solve(
     share = (before / max(held.yy, 1e-30), error / max(held.yy, 1e-30))
     if strength < float("inf") and held is not fitted:
         del ridge
-        both_PQ = _Ridge(fitted + held, start_PQ, factors).weights(strength * scale)
+        both_PQ = _Ridge([fitted, held], start_PQ, factors).weights(strength * scale)
         w_PQ = w_PQ if both_PQ is None else both_PQ
     return Solution(w_PQ, strength, *share)
 
@@ -143,12 +138,23 @@ class _Ridge:
     same on a part and on the whole.
     """
 
-    def __init__(self, moments: Moments, start_PQ: torch.Tensor, factors: Factors | None) -> None:
-        tokens = max(1, moments.tokens)
+    def __init__(
+        self,
+        parts: Sequence[Moments],
+        start_PQ: torch.Tensor | None,
+        factors: Factors | None,
+    ) -> None:
+        self.parts, self.start_PQ, self.factors = parts, start_PQ, factors
+        self.tokens = max(1, sum(part.tokens for part in parts))
         # float64: the squares of a Gram matrix's condition are beyond float32
-        self.matrix_PP = moments.xx_PP.double() / tokens
-        self.rest_PQ = moments.xy_PQ.double() / tokens - self.matrix_PP @ start_PQ.double()
-        self.start_PQ, self.tokens, self.factors = start_PQ, tokens, factors
+        self.rest_PQ = _sum([part.xy_PQ for part in parts]).div_(self.tokens)
+        if start_PQ is not None:
+            self.rest_PQ -= self.matrix_PP @ start_PQ.double()
+
+    @cached_property
+    def matrix_PP(self) -> torch.Tensor:
+        """xᵀx; not made where no start and no new factor asks for it."""
+        return _sum([part.xx_PP for part in self.parts]).div_(self.tokens)
 
     def weights(self, damping: float) -> torch.Tensor | None:
         """The solution with `damping` on the diagonal; None where that is not positive definite."""
@@ -162,4 +168,13 @@ class _Ridge:
                 return None
             if self.factors is not None:
                 self.factors[key] = factor_PP
-        return self.start_PQ + torch.cholesky_solve(self.rest_PQ, factor_PP).float()
+        found_PQ = torch.cholesky_solve(self.rest_PQ, factor_PP).float()
+        return found_PQ if self.start_PQ is None else self.start_PQ + found_PQ
+
+
+def _sum(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """A new tensor in float64."""
+    total = parts[0].to(torch.float64, copy=True)
+    for part in parts[1:]:
+        total += part
+    return total
