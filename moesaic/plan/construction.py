@@ -13,21 +13,19 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from moesaic.construct.allot import TOKENS as PRICED_TOKENS
+from moesaic.construct.free.fit import RouterFit
 from moesaic.construct.free.ridge import STRENGTHS
 from moesaic.construct.input_maps import MAP_STRENGTHS, looked_at
 from moesaic.construct.layer_maker import KEPT
+from moesaic.construct.splits.energy import FEWER
 from moesaic.plan.machine import Machine
 
-__all__ = ["Construction", "Stage"]
+__all__ = ["Construction", "Look", "Stage"]
 
-_ROUNDS = 10
-"""Rounds of a split that alternates."""
-_K_MEANS = 2 * 20
-"""Rounds of the k-means before it: two starts."""
-_SPLIT_TOKENS = 65_536
-"""Tokens that a split and a router look at."""
 _ASSIGN_SECONDS = 1.3e-7
 """An assignment's time by neuron and expert, on one core (14336 x 8 and 11008 x 16 measured)."""
+_ENERGIES = 8
+"""Times that the neurons' energies are read or written before the first round."""
 _RUNTIME = 2_500_000_000
 """Bytes of host memory of Python, torch and CUDA's libraries."""
 
@@ -58,6 +56,22 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Look:
+    """What a split or a router looks at, and how often."""
+
+    sees: Literal["nothing", "weights", "text"] = "nothing"
+    tokens: int = 0
+    rounds: int = 0
+    """Times that every neuron is given to an expert, at most."""
+    k_means: int = 0
+    """The same on a part of the tokens, before."""
+    fits: bool = False
+    """Whether a router is fitted in every round."""
+    whole: bool = True
+    """Whether this is all that it does."""
+
+
+@dataclass(frozen=True)
 class Construction:
     """A dense LLaMA shape and what is to be done with it."""
 
@@ -71,8 +85,8 @@ class Construction:
     itemsize: int
     total: int
     """Parameters of the mixture."""
-    split_sees: Literal["nothing", "weights", "text"]
-    router_sees: Literal["nothing", "weights", "text"]
+    split: Look
+    router: Look
     refit: bool
     attention_refit: bool
     maps: bool
@@ -93,7 +107,6 @@ class Construction:
     def stages(self) -> Iterator[Stage]:
         """Yield the work of every stage, all layers together."""
         T, D, F, E, L = self.tokens, self.hidden, self.width, self.experts, self.layers
-        few = min(T, _SPLIT_TOKENS)
         layer = (self.attention + 3 * D * F) * self.itemsize
         attend = 2 * T * self.attention + 2 * T * self.context * D
         # Two streams, what the dense model says and what the converted layers make of it; the
@@ -102,20 +115,15 @@ class Construction:
         if self.priced:
             yield self._pricing()
         yield Stage("run the text", L * (2 * attend + ffn), moved=L * (4 * layer + 6 * T * F * 4))
-        if self.split_sees == "weights":
-            yield Stage("split", L * _ROUNDS * 2 * F * E * 2 * D, moved=L * _ROUNDS * F * 2 * D * 4)
-        router = _Ridge(D + 1, E, 4)
-        if self.split_sees == "text":
-            # a round: energies of experts, a router for them, gains of neurons, an assignment.
-            # Before it k-means on an eighth of the tokens.
-            assigned = (_ROUNDS + _K_MEANS) * F * E
-            products = (_ROUNDS * few + _K_MEANS * (few // 8)) * 4 * F * E + 2 * few * D * D
-            moved = (_ROUNDS * 2 + 6) * few * F * 4
-            double = router.factors + _ROUNDS * router.solutions
-            yield Stage("split", L * products, L * double, L * moved, assigned=L * assigned)
-        if self.router_sees == "text":
-            double = router.factors + router.solutions
-            yield Stage("router", L * 2 * few * D * D, L * double, L * 2 * few * F * 4)
+        if self.split.sees == "weights":
+            rows = L * self.split.rounds * F * 2 * D
+            yield Stage("split", 2 * E * rows, moved=4 * rows)
+        if self.split.sees == "text":
+            yield self._split_on_text(self.split)
+        if self.router.sees == "text":
+            fit, few = _Ridge(D + 1, E, len(RouterFit.strengths)), min(T, self.router.tokens)
+            moved = (_ENERGIES + 1) * few * F * 4 + fit.passes
+            yield Stage("router", L * 2 * few * D * D, L * fit.double, L * moved)
         if self.refit:
             ridge = _Ridge(F, D, len(STRENGTHS))
             moments = 2 * T * F * F + 2 * T * F * D + ridge.trials
@@ -148,6 +156,23 @@ class Construction:
             yield Stage("refine", trained_products, moved=L * steps * 3 * D * F * 4 * 8)
         written = self.total * self.itemsize
         yield Stage("write", 0, 0, 3 * written, written)
+
+    def _split_on_text(self, look: Look) -> Stage:
+        """Energies of experts, a router for them, gains of neurons, an assignment, in every round;
+        before that k-means on some of the tokens.
+        """
+        D, F, E, L = self.hidden, self.width, self.experts, self.layers
+        few = min(self.tokens, look.tokens)
+        reads = look.rounds + look.k_means / FEWER  # of the energies, twice in a round
+        products, moved = reads * few * 4 * F * E, (2 * reads + _ENERGIES) * few * F * 4
+        fit, times = _Ridge(D + 1, E, len(RouterFit.strengths)), look.rounds * look.fits
+        return Stage(
+            "split",
+            L * (products + 2 * few * D * D * look.fits),
+            L * (fit.factors * look.fits + fit.solutions * times),
+            L * (moved + fit.passes * times),
+            assigned=L * (look.rounds + look.k_means) * F * E,
+        )
 
     def _pricing(self) -> Stage:
         """The work of choosing experts per layer: every layer converted by itself, then the rest of
@@ -188,7 +213,6 @@ class Construction:
         of a model for every layer.
         """
         T, D, F = self.tokens, self.hidden, self.width
-        few = min(T, _SPLIT_TOKENS)
         one = self.attention + 3 * D * F
         where = "GPU, " if gpu else ""
         layer = {
@@ -209,9 +233,11 @@ class Construction:
                 "streams of changed models": streams,
                 "neurons, energies, inputs": seen,
             }
-        if self.split_sees == "text":
+        if self.split.sees == "text":
+            few = min(T, self.split.tokens)
             at["split"] = {**layer, "energies and inputs": 3 * few * F * 4 + 3 * few * D * 4}
-        if self.router_sees == "text":
+        if self.router.sees == "text":
+            few = min(T, self.router.tokens)
             inputs = few * F * 4 + 3 * few * D * 4 + 10 * D * D * 8
             at["router"] = {**layer, "energies, inputs, factors": inputs}
         if self.refit:
@@ -277,6 +303,13 @@ class _Ridge:
     def double(self) -> float:
         """In float64."""
         return self.factors + self.solutions
+
+    @property
+    def passes(self) -> float:
+        """Bytes read and written beside a fit whose factors are there: inputs looked at for numbers
+        that are not finite, two triangles of a factor and one error for every strength.
+        """
+        return self.inputs**2 * (5.0 + (self.strengths + 1) * (2 * 8 + 4))
 
     @property
     def trials(self) -> float:

@@ -12,15 +12,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from moesaic.construct.free.view import CalibratedRouter, CalibratedSplit
 from moesaic.construct.recipe import Recipe, made_before, refinement
 from moesaic.construct.routers import ROUTERS
 from moesaic.construct.scratch import InitConfig, empty_model, model_config
 from moesaic.construct.splits import SPLITS
+from moesaic.construct.splits.energy import K_MEANS_ROUNDS, Energy
 from moesaic.core.config import load, override, parse, read_yaml
 from moesaic.core.errors import UserError, nearest
 from moesaic.models.anatomy import build
 from moesaic.models.catalog import aliases, find
-from moesaic.plan.construction import Construction
+from moesaic.plan.construction import Construction, Look
 from moesaic.plan.machine import Machine
 from moesaic.plan.sizes import Sizes, sizes
 from moesaic.recipes import Kind, locate, recipes
@@ -28,6 +30,8 @@ from moesaic.training.config import TrainConfig
 
 __all__ = ["Plan", "plan"]
 
+_K_MEANS = 10
+"""Rounds of a k-means of the weights."""
 _TYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _KINDS: tuple[Kind, ...] = ("train", "init", "construct")
 
@@ -202,8 +206,8 @@ def _construct(
         experts=recipe.experts,
         itemsize=itemsize,
         total=mixture.total,
-        split_sees=_sees(SPLITS, recipe.split),
-        router_sees=_sees(ROUTERS, recipe.router),
+        split=_look(SPLITS, recipe.split),
+        router=_look(ROUTERS, recipe.router),
         refit=recipe.refit is not None,
         attention_refit=recipe.attention is not None,
         maps=recipe.maps and recipe.refit is not None,
@@ -236,20 +240,28 @@ def _construct(
             f"{work.tokens:,} calibration tokens",
             "layers are made one by one: memory does not grow with their number",
             "times and memory are predicted: operations and bytes counted, nothing run",
+            *(
+                f"what the {name} does on text beside the layers is not counted"
+                for name, look in (("split", work.split), ("router", work.router))
+                if not look.whole
+            ),
         ],
         **_counts(mixture),
     )
 
 
-def _sees(registry: Any, choice: str | Mapping[str, Any]) -> Literal["nothing", "weights", "text"]:
+def _look(registry: Any, choice: str | Mapping[str, Any]) -> Look:
     """What a registered method looks at. Raises UserError for an unknown one."""
     if made_before(choice, registry.names()):
-        return "nothing"
+        return Look()
     method: Any = registry.resolve(choice)
-    if getattr(type(method), "needs_data", False):
-        return "text"
-    key = type(method).__module__.rpartition(".")[2]
-    return "weights" if key in ("cluster", "gradient", "sharing_inner") else "nothing"
+    if isinstance(method, Energy):
+        k_means = method.starts * K_MEANS_ROUNDS
+        return Look("text", method.tokens, method.rounds, k_means, fits=True)
+    if type(method).needs_data:
+        by_layer = isinstance(method, CalibratedSplit | CalibratedRouter)
+        return Look("text", method.tokens, getattr(method, "steps", 1), whole=by_layer)
+    return Look("weights", rounds=_K_MEANS) if method.key == "cluster" else Look()
 
 
 def _priced(recipe: Recipe) -> int:

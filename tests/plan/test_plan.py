@@ -154,6 +154,32 @@ def test_times_follow_from_the_rates() -> None:
     assert not {"split", "router"} & free.seconds["construct"].keys()
 
 
+def test_a_split_is_counted_by_its_own_settings(dense: Path) -> None:
+    name = "llama-3-8b-2of8"
+
+    def split(machine: Machine = MACHINE, **settings: Any) -> float:
+        keys = [f"{key}: {value}" for key, value in {"method": "energy", **settings}.items()]
+        found = plan(name, machine=machine, overrides=[f"split={{{', '.join(keys)}}}"])
+        return found.seconds["construct"]["split"]
+
+    usual = split()
+    assert usual == pytest.approx(plan(name, machine=MACHINE).seconds["construct"]["split"])
+    # on a machine without other costs, assignments alone: ten rounds after two k-means of 20
+    endless = dataclasses.replace(
+        MACHINE, float32=1e30, double=1e30, memory_rate=1e30, disk_rate=1e30
+    )
+    assert split(endless, rounds=20, starts=6) == pytest.approx(split(endless) * 140 / 50)
+    assert split(endless, rounds=0, starts=1) == pytest.approx(split(endless) * 20 / 50)
+    assert split(tokens=32_768) < 0.7 * usual
+    assert 0.5 * usual < split(rounds=5) < usual
+    # every round reads the energies twice and fits a router anew
+    more, less = split(rounds=12), split(rounds=10)
+    assert more - less > 32 * 2 * 2 * 65_536 * 14_336 * 4 / MACHINE.memory_rate
+    own = plan(name, machine=MACHINE, overrides=["split=gradient-plus", "router=hidden-clusters"])
+    assert "split does on text" in " ".join(own.notes)
+    assert "on text" not in " ".join(plan(name, machine=MACHINE).notes)
+
+
 def test_a_training_run_is_counted_from_its_recipe(dense: Path) -> None:
     moe = "llama-moe-tiny"
     found = plan("cpt-llama-moe", machine=MACHINE, model=moe)

@@ -13,6 +13,11 @@ from moesaic.construct.free.view import CalibratedSplit, LayerView
 from moesaic.construct.method import LayerSplit
 from moesaic.construct.splits import SPLITS
 
+K_MEANS_ROUNDS = 20
+"""Most assignments of one start of the k-means."""
+FEWER = 8
+"""The k-means looks at every so many tokens, where there are more than 4096."""
+
 
 @SPLITS.register
 class Energy(CalibratedSplit):
@@ -62,8 +67,8 @@ class Energy(CalibratedSplit):
         return LayerSplit(experts, parts if view.shared else [])
 
     def _start(self, energy_TR: torch.Tensor, experts: int, seed: int) -> torch.Tensor:
-        """Balanced k-means of the neurons' amplitudes over an eighth of the tokens: labels [R]."""
-        points_TR = energy_TR[:: 8 if len(energy_TR) > 4096 else 1].sqrt()
+        """Balanced k-means of the neurons' amplitudes over some of the tokens: labels [R]."""
+        points_TR = energy_TR[:: FEWER if len(energy_TR) > 4096 else 1].sqrt()
         points_TR = points_TR / points_TR.norm(dim=0).clamp(min=1e-12)
         generator = torch.Generator().manual_seed(seed)
         best: tuple[float, torch.Tensor] | None = None
@@ -73,7 +78,7 @@ class Energy(CalibratedSplit):
             )
             centres_TE = points_TR[:, first]
             labels = first.new_full((points_TR.shape[1],), -1)
-            for _ in range(20):
+            for _ in range(K_MEANS_ROUNDS):
                 found = _assign(points_TR.T @ centres_TE)
                 if bool((found == labels).all()):
                     break
