@@ -60,6 +60,8 @@ class FamilyStream(LayerStream):
             empty.layer_types = []
         base = type(whole)(empty)
         base.config = self.config
+        if hasattr(whole, "has_sliding_layers"):  # Qwen and SmolLM count kinds of layers once
+            base.has_sliding_layers = whole.has_sliding_layers
         base.rotary_emb = type(base.rotary_emb)(self.config)
         base.norm = nn.Identity()
         base.layers = nn.ModuleList([_Witness(layer) for layer in self._layers])

@@ -48,11 +48,19 @@ def test_all_experts_on_are_the_dense_model(kind: str, tmp_path: Path) -> None:
     assert float((logits(moe) - wanted).abs().max()) > 1e-3
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_the_stream_sees_what_the_model_sees(kind: str, tmp_path: Path) -> None:
+WINDOW = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [*((kind, {}) for kind in FAMILIES), ("qwen2", WINDOW), ("qwen3", WINDOW)],
+)
+def test_the_stream_sees_what_the_model_sees(
+    kind: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
     from moesaic.construct.activations import LayerStream
 
-    dense = write_family(tmp_path / "dense", kind)
+    dense = write_family(tmp_path / "dense", kind, **fields)
     # transformers before 5.23 lets Gemma 2 run without the soft-capping of its scores
     options = {"attn_implementation": "eager"} if kind == "gemma2" else {}
     model: Any = moesaic.load(dense, **options)
