@@ -18,7 +18,7 @@ class Launcher:
     def __init__(self, kernel: Any, meaning: Any) -> None:
         self._names, self._meaning = kernel.arg_names, meaning
 
-    def __call__(self, grid: tuple[int, ...], *arguments: Any, launch_pdl: bool = False) -> None:
+    def __call__(self, grid: tuple[int, ...], *arguments: Any) -> None:
         self._meaning(**dict(zip(self._names, arguments, strict=True)))
 
 

@@ -23,7 +23,7 @@ ROWS = {  # name: epilogue, gathered, weights K-major, ring stages, h brought by
     "dx": ("plain", False, False, 3, False),
     "activation_gradient": ("dact", True, False, 3, False),
     "activation_gradient, loader": ("dact", True, False, 3, True),
-    "activation_gradient, rows in order": ("dact", False, False, 3, True),
+    "activation_gradient, rows in order": ("dact", False, False, 3, False),
 }
 WARPS = ("PRODUCER_WARPS", "CONSUMER_REGS", "OTHER_REGS", "FINISHER_WARPS", "LOADER")
 
@@ -101,7 +101,6 @@ def test_products_along_rows_compile_for_hopper(name, activation, sixteen, tmp_p
     assert "wgmma.mma_async" in ptx
     assert "cp.async.bulk.tensor" in ptx
     assert ("cp.async.cg" in ptx) == gather
-    assert ptx.count("griddepcontrol.wait") == 1
     assert compiled.metadata.shared <= 227 * 1024
     assert _stack(compiled, tmp_path) == 0
 
@@ -127,7 +126,6 @@ def test_weight_gradients_compile_for_hopper(transposed, sixteen, tmp_path):
     ptx = compiled.asm["ptx"]
     assert "wgmma.mma_async" in ptx
     assert "cp.async.cg" in ptx
-    assert ptx.count("griddepcontrol.wait") == 1
     assert _stack(compiled, tmp_path) == 0
 
 

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from moesaic.kernels.triton.launch import Launcher, in_turn, overlaps
+from moesaic.kernels.triton.launch import Launcher
 
 
 def combine(
@@ -30,11 +30,10 @@ def combine(
         return out_TD
     top_k = inverse_N.shape[0] // tokens
     block = min(triton.next_power_of_2(hidden), 1024)
-    overlap = overlaps(out_TD.device)
     _start_combine(
         (tokens, triton.cdiv(hidden, block)),
         y_ND, inverse_N, weights_TK, out_TD, hidden, out_TD.stride(0), top_k, block,
-        weights_TK is not None, overlap, num_warps=max(1, block // 256), launch_pdl=overlap,
+        weights_TK is not None, num_warps=max(1, block // 256),
     )  # fmt: skip
     return out_TD
 
@@ -51,11 +50,9 @@ def weight_gradient(
     rows, parts = partial_NP.shape
     if rows == 0:
         return out_TK
-    overlap = overlaps(out_TK.device)
     _start_weight_gradient(
         (triton.cdiv(rows, 64),),
         partial_NP, inverse_N, out_TK, rows, parts, triton.next_power_of_2(parts), 64,
-        overlap, launch_pdl=overlap,
     )  # fmt: skip
     return out_TK
 
@@ -65,19 +62,15 @@ def take(x_TD: torch.Tensor, token_N: torch.Tensor) -> torch.Tensor:
     rows, (tokens, hidden) = token_N.shape[0], x_TD.shape
     out_ND = x_TD.new_empty(rows, hidden)
     block = min(triton.next_power_of_2(hidden), 1024)
-    overlap = overlaps(x_TD.device)
     _start_take(
         (rows, triton.cdiv(hidden, block)), x_TD, token_N, out_ND, tokens, hidden, block,
-        overlap, num_warps=max(1, block // 256), launch_pdl=overlap,
+        num_warps=max(1, block // 256),
     )  # fmt: skip
     return out_ND
 
 
 @triton.jit
-def _take(
-    x_ptr, token_ptr, out_ptr, tokens, hidden, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
-):  # fmt: skip
-    in_turn(OVERLAP)
+def _take(x_ptr, token_ptr, out_ptr, tokens, hidden, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     token = tl.load(token_ptr + row)
     token = tl.minimum(tl.maximum(token, 0), tokens - 1).to(tl.int64)
@@ -90,9 +83,8 @@ def _take(
 @triton.jit
 def _combine(
     y_ptr, inverse_ptr, weights_ptr, out_ptr, hidden, out_stride,
-    TOP_K: tl.constexpr, BLOCK: tl.constexpr, WEIGHTED: tl.constexpr, OVERLAP: tl.constexpr,
+    TOP_K: tl.constexpr, BLOCK: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    in_turn(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < hidden
@@ -111,10 +103,8 @@ def _combine(
 
 @triton.jit
 def _weight_gradient(
-    partial_ptr, inverse_ptr, out_ptr, rows, parts, PARTS: tl.constexpr, BLOCK: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):  # fmt: skip
-    in_turn(OVERLAP)
+    partial_ptr, inverse_ptr, out_ptr, rows, parts, PARTS: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     source = tl.load(inverse_ptr + row, mask=row < rows, other=-1)
     part = tl.arange(0, PARTS)

@@ -34,7 +34,6 @@ from moesaic.kernels.triton.hopper_common import (
     sync,
     tma_load,
 )
-from moesaic.kernels.triton.launch import in_turn
 
 AHEAD = gl.constexpr(4)
 """Steps left to load of a tile when its producer asks for the next."""
@@ -239,7 +238,6 @@ def outer_kernel(
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
     sync()
-    in_turn(True)
     gl.warp_specialize(
         [
             (_consumer, (

@@ -38,7 +38,6 @@ from moesaic.kernels.triton.hopper_common import (
     tma_load,
 )
 from moesaic.kernels.triton.hopper_finish import PART, bring, finish
-from moesaic.kernels.triton.launch import in_turn
 
 
 @gluon.jit
@@ -316,8 +315,6 @@ def rows_kernel(
         buffers1 = gl.allocate_shared_memory(dtype, [BUFFERS, HALF, CHUNK], swizzled)
     fence_async_shared()
     sync()
-    in_turn(True)
-    MANY: gl.constexpr = FINISHER_WARPS > 2
     if LOADER:
         gl.warp_specialize(
             [
@@ -325,13 +322,13 @@ def rows_kernel(
                     a_smem, b_smem, buffers0, full, empty, ready, free, tile_expert_ptr,
                     tile_row_ptr, tile_left_ptr, count_ptr, out_ptr, out_desc, out2_ptr,
                     out2_desc, out3_ptr, out3_desc, N, K, out_stride, out3_stride, group_m,
-                    0, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES, ACTIVATION, MANY,
+                    0, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES, ACTIVATION, LOADER,
                 )),
                 (_consumer, (
                     a_smem, b_smem, buffers1, full, empty, ready, free, tile_expert_ptr,
                     tile_row_ptr, tile_left_ptr, count_ptr, out_ptr, out_desc, out2_ptr,
                     out2_desc, out3_ptr, out3_desc, N, K, out_stride, out3_stride, group_m,
-                    1, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES, ACTIVATION, MANY,
+                    1, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES, ACTIVATION, LOADER,
                 )),
                 (_producer, (
                     a_desc, a_ptr, token_ptr, b_desc, tile_expert_ptr, tile_row_ptr, tile_left_ptr,
@@ -359,13 +356,13 @@ def rows_kernel(
                     a_smem, b_smem, buffers0, full, empty, ready, free, tile_expert_ptr,
                     tile_row_ptr, tile_left_ptr, count_ptr, out_ptr, out_desc, out2_ptr,
                     out2_desc, out3_ptr, out3_desc, N, K, out_stride, out3_stride, group_m,
-                    0, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES, ACTIVATION, MANY,
+                    0, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES, ACTIVATION, LOADER,
                 )),
                 (_consumer, (
                     a_smem, b_smem, buffers1, full, empty, ready, free, tile_expert_ptr,
                     tile_row_ptr, tile_left_ptr, count_ptr, out_ptr, out_desc, out2_ptr,
                     out2_desc, out3_ptr, out3_desc, N, K, out_stride, out3_stride, group_m,
-                    1, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES, ACTIVATION, MANY,
+                    1, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES, ACTIVATION, LOADER,
                 )),
                 (_producer, (
                     a_desc, a_ptr, token_ptr, b_desc, tile_expert_ptr, tile_row_ptr, tile_left_ptr,
@@ -389,13 +386,13 @@ def rows_kernel(
                     a_smem, b_smem, buffers0, full, empty, ready, free, tile_expert_ptr,
                     tile_row_ptr, tile_left_ptr, count_ptr, out_ptr, out_desc, out2_ptr,
                     out2_desc, out3_ptr, out3_desc, N, K, out_stride, out3_stride, group_m,
-                    0, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES, ACTIVATION, MANY,
+                    0, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES, ACTIVATION, LOADER,
                 )),
                 (_consumer, (
                     a_smem, b_smem, buffers1, full, empty, ready, free, tile_expert_ptr,
                     tile_row_ptr, tile_left_ptr, count_ptr, out_ptr, out_desc, out2_ptr,
                     out2_desc, out3_ptr, out3_desc, N, K, out_stride, out3_stride, group_m,
-                    1, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES, ACTIVATION, MANY,
+                    1, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES, ACTIVATION, LOADER,
                 )),
                 (_producer, (
                     a_desc, a_ptr, token_ptr, b_desc, tile_expert_ptr, tile_row_ptr, tile_left_ptr,

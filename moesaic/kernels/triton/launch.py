@@ -10,40 +10,16 @@ inner call is not known to us, goes the ordinary way.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import cache, lru_cache
+from functools import lru_cache
 from operator import itemgetter
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from triton.runtime import JITFunction
 
 _KNOWN = ("3.6.",)  # versions with the call below, checked on a GPU
 _ALIGNED = 16
-
-
-@cache
-def overlaps(device: torch.device) -> bool:
-    """Whether a kernel's programs may take their places before the one before has ended.
-
-    Where they may, kernels of this layer are launched with `launch_pdl` and begin with `in_turn`.
-    """
-    if device.type != "cuda" or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(device)[0] >= 9
-
-
-@triton.jit
-def in_turn(OVERLAP: tl.constexpr):
-    """Let the next kernel's programs take places that are free; wait for the kernel before.
-
-    Every program does, before it touches memory: the next kernel takes the end of this one for the
-    end of all before. What is saved is the time from a kernel's end to the next one's start.
-    """
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
 
 
 class Launcher:

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from moesaic.kernels.triton.launch import Launcher, in_turn, overlaps
+from moesaic.kernels.triton.launch import Launcher
 
 BLOCK = 256
 """Routed rows that one program counts and places."""
@@ -108,27 +108,20 @@ def route(
     weight_N = torch.empty(rows, dtype=torch.float32, device=device)
     routing = Routing.of(ints, weight_N, experts=experts, tile_rows=tile_rows)
     counts = torch.empty(blocks, experts, dtype=torch.int32, device=device)
-    overlap = overlaps(device)
-    _start_count((blocks,), ids_TK, counts, rows, experts, bins, BLOCK, overlap, launch_pdl=overlap)
-    _start_scan(
-        (experts,), counts, routing.totals_E, blocks, experts, _SCAN, overlap, launch_pdl=overlap
-    )
+    _start_count((blocks,), ids_TK, counts, rows, experts, bins, BLOCK)
+    _start_scan((experts,), counts, routing.totals_E, blocks, experts, _SCAN)
     _start_place(
         (blocks + experts,),
         ids_TK, weights_TK, counts, routing.totals_E, routing.token_N, weight_N,
         routing.inverse_N, routing.ends_E, routing.tile_expert, routing.tile_row,
         routing.tile_left, routing.tiles, routing.by_size, routing.tickets, rows, experts, blocks,
-        ids_TK.shape[1], bins, BLOCK, tile_rows, overlap, launch_pdl=overlap,
+        ids_TK.shape[1], bins, BLOCK, tile_rows,
     )  # fmt: skip
     return routing
 
 
 @triton.jit
-def _count(
-    ids_ptr, counts_ptr, rows, experts, BINS: tl.constexpr, BLOCK: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):  # fmt: skip
-    in_turn(OVERLAP)
+def _count(ids_ptr, counts_ptr, rows, experts, BINS: tl.constexpr, BLOCK: tl.constexpr):
     pid = tl.program_id(0)
     row = pid * BLOCK + tl.arange(0, BLOCK)
     ids = tl.load(ids_ptr + row, mask=row < rows, other=-1).to(tl.int32)
@@ -139,10 +132,7 @@ def _count(
 
 
 @triton.jit
-def _scan(
-    counts_ptr, totals_ptr, blocks, experts, SCAN: tl.constexpr, OVERLAP: tl.constexpr
-):  # fmt: skip
-    in_turn(OVERLAP)
+def _scan(counts_ptr, totals_ptr, blocks, experts, SCAN: tl.constexpr):
     expert = tl.program_id(0)
     total = 0
     for start in range(0, blocks, SCAN):
@@ -159,9 +149,8 @@ def _place(
     ids_ptr, weights_ptr, before_ptr, totals_ptr, token_ptr, weight_ptr, inverse_ptr, ends_ptr,
     tile_expert_ptr, tile_row_ptr, tile_left_ptr, tiles_ptr, by_size_ptr, tickets_ptr, rows,
     experts, blocks, TOP_K: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr,
-    TILE: tl.constexpr, OVERLAP: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
-    in_turn(OVERLAP)
     pid = tl.program_id(0)
     bin_ = tl.arange(0, BINS)
     totals = tl.load(totals_ptr + bin_, mask=bin_ < experts, other=0)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from moesaic.kernels.triton.budget import spans
-from moesaic.kernels.triton.launch import Launcher, in_turn, overlaps
+from moesaic.kernels.triton.launch import Launcher
 from moesaic.kernels.triton.metadata import Routing
 
 _BLOCK = 256
@@ -31,12 +31,10 @@ def split(routing: Routing, parts: int) -> Iterator[tuple[Routing, slice]]:
     tiles = found[0].tiles
     width = triton.cdiv(tiles, 4) * 4  # 16 bytes: as the kernels are compiled for the whole
     table = torch.empty(len(found), 3 * width + 4, dtype=torch.int32, device=routing.ints.device)
-    overlap = overlaps(routing.ints.device)
     _start_part(
         (len(found), triton.cdiv(tiles, _BLOCK)),
         routing.tile_expert, routing.tile_row, routing.tile_left, routing.tiles, table,
         rows, experts, tiles, width, table.shape[1], routing.tile_rows, _BLOCK,
-        overlap, launch_pdl=overlap,
     )  # fmt: skip
     for span, part in zip(found, table, strict=True):
         expert, row, left, count = part.split([width, width, width, 4])
@@ -56,9 +54,8 @@ def split(routing: Routing, parts: int) -> Iterator[tuple[Routing, slice]]:
 @triton.jit
 def _part(
     expert_ptr, row_ptr, left_ptr, tiles_ptr, table_ptr, rows, experts, tiles, width, stride,
-    TILE: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    in_turn(OVERLAP)
     part = tl.program_id(0)
     begin = part * tiles
     first = begin * TILE - (TILE - 1) * tl.minimum(experts, begin)  # as `budget.spans` has it

@@ -44,7 +44,7 @@ class Launch:
     copy: bool = False
     """Bring the rows of the per-token matrix into order first, instead of gathering them."""
     loader: bool = False
-    """Of the activation's gradient: bring h by a warp of its own (see `hopper_finish`)."""
+    """Of the activation gradient, gathered: a warp of its own brings h (see `hopper_finish`)."""
     persistent: bool = True
     """One program a multiprocessor that walks over tiles, or one program a tile."""
 
@@ -83,9 +83,7 @@ def _warps(
     """
     if not finish:
         return (4, 224, 56, 0, False) if gather else (1, 232, 40, 0, False)
-    if not loader:
-        return 2, 168, 168, 2, False
-    return (2, 160, 96, 4, True) if gather else (1, 168, 168, 2, True)
+    return (2, 160, 96, 4, True) if loader else (2, 168, 168, 2, False)
 
 
 def _cut(n: int, by: int) -> int:
@@ -164,7 +162,6 @@ def _rows(
         2 if epilogue == "swiglu" else launch.buffers,
         activation,
         *_warps(gather=gather, finish=dact, loader=launch.loader),
-        launch_pdl=True,
     )
 
 
@@ -304,6 +301,5 @@ def outer(
         launch.stages,
         launch.buffers,
         *_warps(gather=True)[:3],
-        launch_pdl=True,
     )
     return out

@@ -37,8 +37,8 @@ CANDIDATES: dict[str, tuple[Launch, ...]] = {
     "down": _CONTIGUOUS,
     "activation_gradient": (
         *(Launch(256, 3, group_m) for group_m in (8, 2, 32)),
-        Launch(256, 3, 8, loader=True),
-        Launch(256, 3, 8, copy=True, loader=True),
+        *(Launch(256, 3, group_m, loader=True) for group_m in (8, 2)),
+        Launch(256, 3, 8, copy=True),
     ),
     "x_gradient": _CONTIGUOUS,
     "up_gradient": _OUTER,
