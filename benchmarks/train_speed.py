@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=512)
     parser.add_argument("--updates", type=int, default=20)
     parser.add_argument("--precision", choices=["fp32", "mixed", "bf16"], default="mixed")
-    parser.add_argument("--eager-only", action="store_true")
+    parser.add_argument("--only", choices=["eager", "compiled"], help="default: both")
     parser.add_argument(
         "--experts",
         action="append",
@@ -107,7 +107,7 @@ def main() -> None:
     documents = [generator.integers(0, vocabulary, 4000) for _ in range(400)]
     domain = TokenDomain.from_documents("random", documents, bos=1, eos=0)
 
-    ways = ["eager"] if args.eager_only else ["eager", "compiled"]
+    ways = [args.only] if args.only else ["eager", "compiled"]
     for way, experts in itertools.product(ways, args.experts or [None]):
         if experts is not None:
             model.set_experts_implementation(experts)

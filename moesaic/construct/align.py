@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import torch
 from moesaic.construct.activations import LayerStream, text_sample
 from moesaic.construct.attention import open_v2
 from moesaic.construct.dense import DenseModel, open_dense
+from moesaic.construct.legacy_v2 import read_distribution
 from moesaic.core.console import track
 from moesaic.core.errors import UserError
 from moesaic.core.files import check_step, output_directory, write_text
@@ -87,11 +88,13 @@ def corrections(
     real_BC: torch.Tensor | None = None,
     *,
     original: bool = False,
+    known: Sequence[dict[str, Moments]] | None = None,
 ) -> Iterator[tuple[dict[str, Moments], dict[str, Correction]]]:
     """Yield, for every layer, the dense moments and the mixture's corrections: "attn" and "mlp".
 
     `config` is the mixture's LlamaMoEV2Config. `real_BC` is False at padding, which must be on the
-    right. Blocks without experts have no correction.
+    right. Blocks without experts have no correction. `known` are the dense moments of all layers,
+    where they were measured before.
     """
     stream = LayerStream(dense, context=ids_BC.shape[1])
     real_BC = torch.ones_like(ids_BC, dtype=torch.bool) if real_BC is None else real_BC.bool()
@@ -99,16 +102,10 @@ def corrections(
     mixed_BCD = stream.embed(ids_BC)
     dense_BCD = mixed_BCD.clone()
     for layer in range(dense.layers):
-        module: Any = stream.load(layer)
-        before_BCD = dense_BCD.clone()
-        for rows in dense_BCD.split(_ROWS):
-            rows.copy_(stream.block(module, rows)[0])
-        wanted = {"attn": moments((dense_BCD - before_BCD)[real_BC])}
-        before_BCD = dense_BCD.clone()
-        for rows in dense_BCD.split(_ROWS):
-            rows += module.mlp(module.post_attention_layernorm(rows))
-        wanted["mlp"] = moments((dense_BCD - before_BCD)[real_BC])
-
+        if known is None:
+            wanted = _dense_moments(stream, layer, dense_BCD, real_BC)
+        else:
+            wanted = known[layer]
         mixture: Any = _load_layer(checkpoint, config, layer)
         found: dict[str, Correction] = {}
         parts = [
@@ -146,6 +143,21 @@ def corrections(
         yield wanted, found
 
 
+def _dense_moments(
+    stream: LayerStream, layer: int, dense_BCD: torch.Tensor, real_BC: torch.Tensor
+) -> dict[str, Moments]:
+    """Moments of what a dense layer's two halves add; the stream is moved past it in place."""
+    module: Any = stream.load(layer)
+    before_BCD = dense_BCD.clone()
+    for rows in dense_BCD.split(_ROWS):
+        rows.copy_(stream.block(module, rows)[0])
+    attention = moments((dense_BCD - before_BCD)[real_BC])
+    before_BCD = dense_BCD.clone()
+    for rows in dense_BCD.split(_ROWS):
+        rows += module.mlp(module.post_attention_layernorm(rows))
+    return {"attn": attention, "mlp": moments((dense_BCD - before_BCD)[real_BC])}
+
+
 def align(
     model: Path | str,
     *,
@@ -155,12 +167,14 @@ def align(
     tokens: int = 65_536,
     context: int = 512,
     original: bool = False,
+    distribution: Path | str | None = None,
     overwrite: bool = False,
     max_shard_bytes: int = 5_000_000_000,
 ) -> Path:
     """Align a LLaMA-MoE-v2 with the dense model it was made of, on text.
 
-    Beside a residual MLP the sum of both is aligned, and its rows are scaled too. `original` leaves
+    `distribution` is the original's distribution.pt: the dense moments, which are otherwise
+    measured on the text. Beside a residual MLP the sum of both is aligned, and its rows are scaled too. `original` leaves
     the bias undivided by the scale factor, as the original program does. The directory also holds
     distribution.safetensors: the dense moments and the corrections.
 
@@ -170,7 +184,7 @@ def align(
     from moesaic.models.families.llama_moe_v2 import LlamaMoEV2Config
 
     model, reference = Path(model), Path(reference)
-    out = check_step(out, overwrite=overwrite, inputs=[model, reference, data])
+    out = check_step(out, overwrite=overwrite, inputs=[model, reference, data, distribution])
     checkpoint, fields = open_v2(model)
     if fields is None:
         raise UserError(
@@ -188,6 +202,7 @@ def align(
                 f"{reference} has {name}={dense.config[name]}, {model} {getattr(config, name)}. "
                 "Give the dense model that the mixture was made of."
             )
+    known = None if distribution is None else _known(Path(distribution), dense)
     ids_BC = text_sample(reference, data, tokens=tokens, context=context)
     if config.sliding_window is not None and ids_BC.shape[1] > config.sliding_window:
         raise UserError(
@@ -196,7 +211,7 @@ def align(
         )
     measured = list(
         track(
-            corrections(dense, checkpoint, config, ids_BC, original=original),
+            corrections(dense, checkpoint, config, ids_BC, original=original, known=known),
             "aligning layers",
             total=dense.layers,
         )
@@ -218,10 +233,34 @@ def align(
                 "tokens": ids_BC.numel(),
                 "context": context,
                 "original": original,
+                "distribution": None if distribution is None else str(distribution),
             },
             seed=None,
         )
     return out
+
+
+def _known(path: Path, dense: DenseModel) -> list[dict[str, Moments]]:
+    """The dense moments of a file. Raises UserError for those of another model."""
+    layers = read_distribution(path)
+    widths = {part["mean"].shape[0] for layer in layers for part in layer.values()}
+    if len(layers) != dense.layers or widths != {dense.hidden}:
+        raise UserError(
+            f"{path} holds {len(layers)} layers of {', '.join(map(str, sorted(widths)))} channels, "
+            f"{dense.checkpoint.path} has {dense.layers} of {dense.hidden}. Give the distribution "
+            "of this model."
+        )
+    return [
+        {
+            part: Moments(
+                int(held["number"]),
+                torch.from_numpy(held["mean"]),
+                torch.from_numpy(held["variance"]),
+            )
+            for part, held in layer.items()
+        }
+        for layer in layers
+    ]
 
 
 def _load_layer(checkpoint: Checkpoint, config: Any, layer: int) -> torch.nn.Module:

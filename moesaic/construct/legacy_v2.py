@@ -1,4 +1,5 @@
-"""Read what the original LLaMA-MoE-v2 code wrote with torch.save: gates, scores, neuron indices.
+"""Read what the original LLaMA-MoE-v2 code wrote with torch.save: gates, scores, neuron indices,
+distributions of outputs.
 
 Notation: L layers, E experts, C clusters, D hidden size, F neurons. The files are pickles; the
 reader of `legacy` opens them, which knows plain values only and runs nothing.
@@ -16,9 +17,20 @@ from moesaic.construct.legacy import read_plain
 from moesaic.construct.split import NeuronSplit
 from moesaic.core.errors import UserError
 
-__all__ = ["SUFFIXES", "is_original", "open_split", "read_gates", "read_indices", "read_scores"]
+__all__ = [
+    "SUFFIXES",
+    "is_original",
+    "open_split",
+    "read_distribution",
+    "read_gates",
+    "read_indices",
+    "read_scores",
+]
 
 SUFFIXES = (".pt", ".pth", ".bin")
+
+
+_MOMENTS = ("number", "mean", "variance")
 
 
 def is_original(path: Path) -> bool:
@@ -85,6 +97,32 @@ def read_indices(path: Path, *, width: int) -> NeuronSplit:
         experts.append([ids.astype(np.int64) for ids in groups[: len(value)]])
         shared.append([ids.astype(np.int64) for ids in groups[len(value) :]])
     return NeuronSplit(experts, shared, width, {"method": "imported", "imported_from": str(path)})
+
+
+def read_distribution(path: Path) -> list[dict[str, dict[str, NDArray[np.float64]]]]:
+    """Read distribution.pt: {layer: {"attn", "mlp": {"number", "mean" [D], "variance" [D]}}}.
+
+    Raises UserError when it is anything else, or a value is not finite or a variance negative.
+    """
+    wanted = "distribution.pt: {layer: {attn, mlp: {number, mean [D], variance [D]}}}"
+    layers = []
+    for layer, value in enumerate(_layers(path)):
+        found: dict[str, dict[str, NDArray[np.float64]]] = {}
+        for part in ("attn", "mlp"):
+            held = value.get(part) if isinstance(value, dict) else None
+            if not isinstance(held, dict) or not {"number", "mean", "variance"} <= held.keys():
+                raise _wrong(path, f"layer {layer} has no number, mean, variance of {part}", wanted)
+            try:
+                found[part] = {name: np.asarray(held[name], np.float64) for name in _MOMENTS}
+            except (TypeError, ValueError):
+                raise _wrong(path, f"{part} of layer {layer} holds no numbers", wanted) from None
+            number, mean_D, variance_D = found[part].values()
+            if number.ndim or mean_D.ndim != 1 or mean_D.shape != variance_D.shape:
+                raise _wrong(path, f"{part} of layer {layer} is of another shape", wanted)
+            if not np.isfinite([*mean_D, *variance_D]).all() or (variance_D < 0).any():
+                raise _wrong(path, f"{part} of layer {layer} is not finite or negative", wanted)
+        layers.append(found)
+    return layers
 
 
 def open_split(path: Path, *, width: int) -> NeuronSplit:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moesaic.construct.align import corrections
+from moesaic.construct.align import align, corrections
 from moesaic.construct.attention import attention, open_v2
 from moesaic.construct.cluster_importance import TokenBatch, cluster_importance
 from moesaic.construct.convert import convert
@@ -19,6 +19,7 @@ from moesaic.construct.hidden import hidden_layers
 from moesaic.construct.legacy_v2 import read_gates, read_indices, read_scores
 from moesaic.construct.sized_kmeans import nearest, size_bounds, sized_kmeans
 from moesaic.construct.split import NeuronSplit, split
+from moesaic.core.errors import UserError
 from tests.helpers import GOLDEN
 
 V2 = GOLDEN / "llama_moe_v2"
@@ -218,3 +219,35 @@ def test_distributions_and_the_first_alignment_are_the_originals():
             torch.testing.assert_close(corrected["mlp"].scale_D, wanted_scale, rtol=0, atol=2e-4)
             wanted_bias = scales[0]["mlp"]["scale_bias"]
             torch.testing.assert_close(corrected["mlp"].bias_D, wanted_bias, rtol=0, atol=2e-4)
+
+
+def test_the_original_s_distribution_takes_the_place_of_measuring(tmp_path):
+    file = V2 / "align/distribution.pt"
+    golden = torch.load(file, weights_only=True)
+    settings = {"reference": DENSE, "data": tmp_path / "text.txt", "tokens": 512, "context": 64}
+    words = (f"w{number % 90}" for number in np.random.default_rng(3).integers(0, 90, 2000))
+    settings["data"].write_text(" ".join(words))
+    out = align(V2 / "vanilla_gsp", out=tmp_path / "out", distribution=file, **settings)
+    kept = load_file(out / "distribution.safetensors")
+    for layer, parts in golden.items():
+        for part, held in parts.items():
+            for name in ("mean", "variance"):
+                found = kept[f"layers.{layer}.{part}.{name}"]
+                torch.testing.assert_close(found, held[name].float(), rtol=1e-6, atol=0)
+    measured = load_file(
+        align(V2 / "vanilla_gsp", out=tmp_path / "own", **settings) / "distribution.safetensors"
+    )
+    scale = "layers.1.mlp.scale_magnitude"
+    # the same mixture on the same text: what is wanted of it alone makes the difference
+    ratio = (kept["layers.0.mlp.variance"] / measured["layers.0.mlp.variance"]).sqrt()
+    first = scale.replace(".1.", ".0.")
+    torch.testing.assert_close(kept[first] / measured[first], ratio, rtol=1e-4, atol=0)
+    assert not torch.allclose(kept[scale], measured[scale], rtol=1e-2)
+    torch.save({layer: golden[layer] for layer in range(3)}, tmp_path / "distribution.pt")
+    for bad, message in (
+        ("distribution.pt", "3 layers of 32 channels.*has 4 of 32"),
+        ("gates/e4/gate_weights.pt", "no number, mean, variance of attn"),
+    ):
+        path = V2 / bad if "gates" in bad else tmp_path / bad
+        with pytest.raises(UserError, match=message):
+            align(V2 / "vanilla_gsp", out=tmp_path / "no", distribution=path, **settings)

@@ -23,6 +23,10 @@ def command(
         bool,
         typer.Option(help="Leave the bias undivided by the scale factor, as the original does."),
     ] = False,
+    distribution: Annotated[
+        Path | None,
+        typer.Option(help="The original's distribution.pt, instead of measuring the dense model."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace the output directory.")] = False,
     json: JsonOption = False,
 ) -> None:
@@ -40,6 +44,7 @@ def command(
         tokens=tokens,
         context=context,
         original=original,
+        distribution=distribution,
         overwrite=overwrite,
     )
     result: dict[str, Any] = {"path": str(path), "reference": str(reference)}
