@@ -174,9 +174,9 @@ def align(
     """Align a LLaMA-MoE-v2 with the dense model it was made of, on text.
 
     `distribution` is the original's distribution.pt: the dense moments, which are otherwise
-    measured on the text. Beside a residual MLP the sum of both is aligned, and its rows are scaled too. `original` leaves
-    the bias undivided by the scale factor, as the original program does. The directory also holds
-    distribution.safetensors: the dense moments and the corrections.
+    measured on the text. Beside a residual MLP the sum of both is aligned, and its rows are scaled
+    too. `original` leaves the bias undivided by the scale factor, as the original program does. The
+    directory also holds distribution.safetensors: the dense moments and the corrections.
 
     Raises UserError when either model is of another kind, they do not belong together, or the text
     is shorter than a row.
