@@ -112,7 +112,8 @@ def construct(
     path = Path(model if model is not None else settings.model or "")
     if not str(model or settings.model or ""):
         raise UserError("No model was given. Name a dense model, or put model: in the recipe.")
-    out = check_step(out, overwrite=overwrite, inputs=[path, settings.data])
+    reads = [settings.split, settings.router, settings.data, settings.held_out]
+    out = check_step(out, overwrite=overwrite, inputs=[path, *reads])
     with output_directory(out, overwrite=overwrite) as partial:
         *before, last = stage_names(settings)
         # Earlier stages are models too, where their loss is asked for; they do not stay.

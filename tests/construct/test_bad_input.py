@@ -141,3 +141,21 @@ def test_a_router_file_of_another_model(dense, tmp_path, layers, experts, hidden
     done = construct(dense, tmp_path / "moe", "--set", f"router={file}")
     words = f"{layers} layers, {experts} experts and hidden size {hidden}"
     refused(done, tmp_path / "moe", words, "2, 4 and 32")
+
+
+@pytest.mark.parametrize("kind", ["split", "router", "held_out"])
+def test_what_a_construction_reads_is_not_replaced_by_it(dense, tmp_path, kind):
+    made = tmp_path / "made"
+    given = (dense / "model", "-o", made)
+    assert run_cli("split", *given, "--experts", 4).exit_code == 0
+    if kind == "router":
+        RouterInit([{"weight": torch.ones(4, 32)}] * 2, [None] * 2).save(
+            made / "router.safetensors"
+        )
+    elif kind == "held_out":
+        write_text(made / "held.txt", 500)
+    path = made / "held.txt" if kind == "held_out" else made
+    before = sorted(made.iterdir())
+    done = construct(dense, made, "--overwrite", "--set", f"{kind}={path}")
+    assert_user_error(done, "holds an input of this step")
+    assert sorted(made.iterdir()) == before
