@@ -149,9 +149,8 @@ def test_what_a_construction_reads_is_not_replaced_by_it(dense, tmp_path, kind):
     given = (dense / "model", "-o", made)
     assert run_cli("split", *given, "--experts", 4).exit_code == 0
     if kind == "router":
-        RouterInit([{"weight": torch.ones(4, 32)}] * 2, [None] * 2).save(
-            made / "router.safetensors"
-        )
+        layers = [{"weight": torch.ones(4, 32)} for _ in range(2)]
+        RouterInit(layers, [None] * 2).save(made / "router.safetensors")
     elif kind == "held_out":
         write_text(made / "held.txt", 500)
     path = made / "held.txt" if kind == "held_out" else made
