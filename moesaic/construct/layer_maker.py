@@ -321,9 +321,12 @@ class LayerMaker:
             inner = part.removeprefix("layer.")
             kept = self.dtype if inner == part else self.dense.checkpoint.dtype(name + inner)
             weight.copy_(weight.to(kept))
+        router: dict[str, torch.Tensor] = {"weight": block.router_ED}
+        if block.bias_E is not None:
+            router["bias"] = block.bias_E
         found = LayerWeights(
             start.parts,
-            {"weight": block.router_ED, "bias": block.bias_E},
+            router,
             block.gate_PD,
             block.up_PD,
             block.down_PD,

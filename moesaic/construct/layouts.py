@@ -178,7 +178,9 @@ def obstacles(view: MixtureView, layout: Layout) -> list[str]:
         known = " or ".join(layout.rules)
         found.append(f"its router weighs by {view.rule}, {layout.architecture} by {known}")
     if view.router_bias:
-        found.append("its routers have biases")
+        found.append(
+            "its routers have biases (construct with router: {method: energy, intercept: false})"
+        )
     if view.shared_width and layout.shared == "none":
         found.append("it has always-on experts")
     if layout.shared == "whole" and view.shared_width % view.width:

@@ -13,12 +13,13 @@ import moesaic
 from moesaic.construct.convert import convert
 from moesaic.construct.export_layout import export_layout
 from moesaic.construct.layouts import LAYOUTS, supports
+from moesaic.construct.pipeline import construct
 from moesaic.construct.router import RouterInit
 from moesaic.core.errors import UserError
 from moesaic.core.lineage import read_lineage
 from moesaic.models.checkpoint import Checkpoint
 from tests.construct.dense_family_models import FAMILIES, LLAMA3_ROPE, write_family
-from tests.construct.dense_models import edit_config, write_dense
+from tests.construct.dense_models import edit_config, write_dense, write_text_tokenizer
 from tests.helpers import assert_user_error, run_cli
 
 IDS = torch.arange(1, 49).view(2, 24) % 61
@@ -142,6 +143,27 @@ def test_weights_of_one_are_approached(layout: str, tmp_path: Path) -> None:
         found = float((stock(out)(IDS).logits - ours(moe)).abs().max())
     # another text than that of the record, the same size of error
     assert 0 < found < 10 * record["difference"] < 0.1
+
+
+@pytest.mark.parametrize(("kind", "layout"), [("llama", "mixtral"), ("qwen3", "qwen3_moe")])
+def test_a_construction_without_an_intercept_goes_to_a_stock_layout(
+    kind: str, layout: str, tmp_path: Path
+) -> None:
+    dense = write_family(tmp_path / "dense", kind, **({"head_dim": 8} if kind == "llama" else {}))
+    write_text_tokenizer(dense)
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over a lazy dog. " * 60)
+    router: Any = {"method": "energy"}
+    fields: Any = {"experts": 4, "data": str(text), "tokens": 1024, "context": 32}
+    moe = construct(dense, out=tmp_path / "biased", recipe={**fields, "router": router})
+    with pytest.raises(UserError, match="intercept: false"):
+        export_layout(moe, out=tmp_path / "out", layout=layout, tolerance=0.1)
+    recipe = {**fields, "router": router | {"intercept": False}, "refine": "layerwise"}
+    moe = construct(dense, out=tmp_path / "moe", recipe=recipe)
+    out = export_layout(moe, out=tmp_path / "out", layout=layout, tolerance=2e-2)
+    with torch.inference_mode():
+        given = stock(out)(IDS).logits
+    torch.testing.assert_close(given, ours(moe), atol=5e-2, rtol=0)
 
 
 def test_rounded_factors_are_refused_unless_asked_for(tmp_path: Path) -> None:

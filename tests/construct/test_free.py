@@ -6,7 +6,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from moesaic.construct.free.assign import assign
-from moesaic.construct.free.fit import captured, choose
+from moesaic.construct.free.fit import RouterFit, captured, choose
 from moesaic.construct.free.ridge import Moments, solve
 from moesaic.core.errors import UserError
 
@@ -108,3 +108,20 @@ def test_no_choice_captures_more_than_the_oracle():
         other = captured(energy_TE, choose(torch.rand(50, 6, generator=draw), 2))
         assert 0 < other < best
     assert captured(energy_TE, choose(energy_TE, 6)) == pytest.approx(1)
+
+
+def test_a_router_without_an_intercept_tells_experts_apart_by_the_inputs_alone():
+    draw = torch.Generator().manual_seed(4)
+    x_TD, held_T = torch.randn(4000, 6, generator=draw), torch.arange(4000) % 8 == 7
+    true_DE = torch.randn(6, 5, generator=draw)
+    level_T = 30 * torch.rand(4000, 1, generator=draw) - 40  # says nothing about the choice
+    energy_TE = (x_TD @ true_DE + level_T).exp()
+    found_DE = RouterFit(x_TD, held_T, intercept=False).targets((x_TD @ true_DE).float())
+    torch.testing.assert_close(found_DE, true_DE, atol=1e-3, rtol=1e-3)
+    floor = 1e-3 * float(energy_TE.mean())
+    plain = RouterFit(x_TD, held_T, intercept=False).log_energy(energy_TE)
+    assert plain.shape == (6, 5)
+    torch.testing.assert_close(plain.sum(1), torch.zeros(6), atol=1e-4, rtol=0)
+    logs_TE = (energy_TE + floor).log()
+    wanted = torch.linalg.lstsq(x_TD, logs_TE - logs_TE.mean(1, keepdim=True)).solution
+    torch.testing.assert_close(plain, wanted, atol=2e-2, rtol=2e-2)

@@ -261,7 +261,7 @@ def test_what_is_missing_is_said(dense, caplog):
         ({"shared": 2}, "at least 3"),
         ({"experts": 5}, "does not divide"),
         ({"refine": "endtoend"}, "Use layerwise"),
-        ({"refine": "layerwise", "weighting": "softmax"}, "weighting: one"),
+        ({"refine": "layerwise", "weighting": "softmax"}, "weighting: tempered or one"),
         ({"split": "enrgy"}, "Did you mean 'energy'"),
         ({"weighting": "two"}, "weighting"),
     ):

@@ -63,9 +63,8 @@ class RoutedBlock(nn.Module):
         self.up_PD = nn.Parameter(up_PD.clone())
         self.down_PD = nn.Parameter(down_PD.clone())
         self.router_ED = nn.Parameter(router["weight"].clone())
-        self.bias_E = nn.Parameter(
-            router["bias"].clone() if "bias" in router else gate_PD.new_zeros(len(self.router_ED))
-        )
+        bias_E = router.get("bias")
+        self.bias_E = None if bias_E is None else nn.Parameter(bias_E.clone())
 
     def forward(self, rows_BCD: torch.Tensor) -> torch.Tensor:
         """The residual stream after the layer: [B, C, D]."""

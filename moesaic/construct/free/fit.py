@@ -17,18 +17,24 @@ class RouterFit:
 
     strengths = (1e-6, 1e-4, 1e-2, 1.0)
 
-    def __init__(self, x_TD: torch.Tensor, held_T: torch.Tensor) -> None:
+    def __init__(self, x_TD: torch.Tensor, held_T: torch.Tensor, *, intercept: bool = True) -> None:
+        self.intercept = intercept
         ones_T1 = x_TD.new_ones(len(x_TD), 1)
-        self.x_TP = torch.cat([x_TD, ones_T1], dim=1)
+        self.x_TP = torch.cat([x_TD, ones_T1], dim=1) if intercept else x_TD
         self._parts = [~held_T, held_T]
         self._inputs = [self.x_TP[part] for part in self._parts]
         self._squares = [x.T @ x for x in self._inputs]
         self._factors: Factors = {}
 
     def log_energy(self, energy_TE: torch.Tensor) -> torch.Tensor:
-        """Weights [D + 1, E] that predict log energies; the last row is the intercept."""
+        """Weights [D + 1, E] that predict log energies; the last row is the intercept.
+
+        Without it, [D, E], they predict how far each expert's is from the mean of a token's: the
+        choice is the same, and there is no level to be told by the inputs.
+        """
         floor = 1e-3 * float(energy_TE.mean()) + 1e-30
-        return self.targets((energy_TE + floor).log())
+        logs_TE = (energy_TE + floor).log()
+        return self.targets(logs_TE if self.intercept else logs_TE - logs_TE.mean(1, keepdim=True))
 
     def targets(self, target_TE: torch.Tensor) -> torch.Tensor:
         """Weights [D + 1, E] that predict any targets."""

@@ -18,9 +18,14 @@ class Energy(CalibratedRouter):
     The strength is chosen on held-back tokens. Works for any split, an imported one too.
     """
 
+    intercept: bool = True
+    """Whether routers have a bias, which the stock layouts of `moesaic export` have no room for."""
+
     def fit_layer(self, view: LayerView, experts: Sequence[Ids]) -> dict[str, torch.Tensor]:
-        """Weight [E, D] and bias [E] of one layer."""
+        """Weight [E, D] and, with the intercept, bias [E] of one layer."""
         view = view.first(self.tokens)
-        fit = RouterFit(view.x_TD, view.held_T)
+        fit = RouterFit(view.x_TD, view.held_T, intercept=self.intercept)
         weights_PE = fit.log_energy(sums_by_expert(view.energy_TF, experts))
+        if not self.intercept:
+            return {"weight": weights_PE.T.contiguous()}
         return {"weight": weights_PE[:-1].T.contiguous(), "bias": weights_PE[-1].contiguous()}
