@@ -55,17 +55,21 @@ def test_text_too_short_for_the_experts(dense, tmp_path):
     )
 
 
-@pytest.mark.parametrize("method", ["energy", "cmoe", "expertweaver", "static"])
+@pytest.mark.parametrize(
+    "method", ["energy", "cmoe", "expertweaver", "static", "coactivation", "select"]
+)
 def test_text_too_short_for_a_split_or_router_by_itself(dense, tmp_path, method):
     short, settings = write_text(tmp_path / "short.txt", 100), tmp_path / "settings.yaml"
     settings.write_text(f"method: {method}\ncontext: 32\n")
-    given = (dense / "model", "-o", tmp_path / "out", "--method", settings, "--experts", 8)
+    given = (dense / "model", "-o", tmp_path / "out", "--method", settings)
     words = ("96 tokens, too few for 8 experts", "at least 128 are needed")
-    refused(run_cli("split", *given, "--data", short), tmp_path / "out", *words)
-    if method == "energy":
+    if method != "select":
+        split = run_cli("split", *given, "--experts", 8, "--data", short)
+        refused(split, tmp_path / "out", *words)
+    if method in ("energy", "select"):
         labels = [np.arange(48) % 8] * 2
         split = NeuronSplit.from_labels(labels, experts=8).save(tmp_path / "s.safetensors")
-        given = (*given[:5], "--split", split, "--gate", "linear")
+        given = (*given, "--split", split, "--gate", "linear")
         refused(run_cli("router", *given, "--data", short), tmp_path / "out", *words)
 
 

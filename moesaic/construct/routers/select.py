@@ -16,6 +16,7 @@ from pydantic import Field
 from torch.nn import functional
 
 from moesaic.construct.activations import LayerStream, text_sample
+from moesaic.construct.calibration import check_enough
 from moesaic.construct.method import Projection
 from moesaic.construct.router import RouterInputs, RouterMethod
 from moesaic.construct.routers import ROUTERS
@@ -58,6 +59,7 @@ class Select(RouterMethod):
     def build(self, inputs: RouterInputs) -> Iterator[dict[str, torch.Tensor]]:
         """Yield the trained router weights of every layer."""
         ids_BC = text_sample(inputs.model, inputs.data, tokens=self.tokens, context=self.context)
+        check_enough(ids_BC.numel(), inputs.split.num_experts + inputs.split.num_shared)
         stream = LayerStream(inputs.dense, context=self.context)
         found: list[float] = []
         for inputs_of in stream.layers(ids_BC):

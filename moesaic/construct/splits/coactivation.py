@@ -43,6 +43,7 @@ class Coactivation(SplitMethod):
         import torch
 
         from moesaic.construct.activations import LayerStream, text_sample
+        from moesaic.construct.calibration import check_enough
         from moesaic.construct.graph import (
             co_activation,
             equalise,
@@ -52,6 +53,7 @@ class Coactivation(SplitMethod):
         )
 
         ids_BC = text_sample(inputs.model, inputs.data, tokens=self.tokens, context=self.context)
+        check_enough(ids_BC.numel(), inputs.experts)
         inputs.facts["tokens"] = ids_BC.numel()
         moved = inputs.facts.setdefault("moved_to_equalise", [])
         for seen in LayerStream(inputs.dense, context=ids_BC.shape[1]).layers(ids_BC):
