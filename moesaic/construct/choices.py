@@ -67,7 +67,7 @@ class SplitChoice:
             assert self.ready is not None
             return LayerSplit(self.ready.experts[view.layer], self.ready.shared[view.layer])
         parts = self._method.divide_layer(view)
-        return LayerSplit(parts.experts, _joined(parts.shared))
+        return parts._replace(shared=_joined(parts.shared))
 
 
 class RouterChoice:

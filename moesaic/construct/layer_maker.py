@@ -29,6 +29,7 @@ from moesaic.construct.free.layer import ConvertedLayer
 from moesaic.construct.free.view import LayerView, held_back
 from moesaic.construct.input_maps import fit_map, fold, fold_experts, scaled_norm
 from moesaic.construct.method import LayerSplit
+from moesaic.construct.pinned import pin
 from moesaic.construct.recipe import Recipe
 from moesaic.construct.refit import Refit, RefitInputs
 from moesaic.construct.router import RouterInit
@@ -232,7 +233,11 @@ class LayerMaker:
     def divide(self, view: LayerView, bias_D: torch.Tensor | None) -> ConvertedLayer:
         """The experts and the router of the next layer; `bias_D` is of its down projection."""
         parts = self.split.layer(view)
-        router = self._rounded(self.router.layer(view, parts))
+        router = self.router.layer(view, parts)
+        if parts.always is not None:
+            weighting = self.fields.get("gate_weighting", "scores")
+            router = pin(router, view.x_TD, parts.always, weighting=weighting)
+        router = self._rounded(router)
         order_P = torch.from_numpy(np.concatenate([*parts.experts, *parts.shared]))
         scale = self.fields.get("score_scale_factor", 1.0)
         return ConvertedLayer(

@@ -39,6 +39,8 @@ class LayerSplit(NamedTuple):
 
     experts: list[NDArray[np.int64]]
     shared: list[NDArray[np.int64]]
+    always: int | None = None
+    """So many of `experts`, the first, are to be chosen for every token (`construct.pinned`)."""
 
 
 @dataclass

@@ -60,7 +60,8 @@ class MixtureWriter:
             self._begin(weights)
         assert self._blueprint is not None
         blueprint, dense = self._blueprint, self.dense
-        blueprint.split.experts[index], blueprint.split.shared[index] = weights.parts
+        blueprint.split.experts[index] = weights.parts.experts
+        blueprint.split.shared[index] = weights.parts.shared
         blueprint.router.layers[index] = _on_cpu(weights.router)
         taken = dense.others(index)
         tensors = {blueprint.renamed(name): dense.read(name) for name in taken}
