@@ -49,6 +49,23 @@ prints the resolved config, the sizes, and how often each domain will be read.
 - **A loss or gradient that is not finite stops the run**, naming the update; states saved before
   it are sound.
 
+## Conversations
+
+With `data.conversations: true` the data are .jsonl files (or datasets) of conversations, in either
+form:
+
+```
+{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}
+{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
+```
+
+The tokenizer's chat template writes them out, or Llama-3's where the tokenizer has none but the
+tokens for it. Only what the assistant says is learned, with the token that ends its turn, and only
+that is scored in `data.valid`. A sequence is whole conversations, none of which sees another; a
+model that lets them is refused (Jamba, OpenMoE, Yuan 2.0). What is left of a sequence is filled
+with the beginning of the next conversation, of which nothing is learned. Conversations longer than
+`data.block_size` are left out, and a line says how many.
+
 ## What balances a model
 
 A mixture that nothing balances soon sends its tokens to a few experts. One line at the start says

@@ -1,5 +1,5 @@
-"""Text files as documents: .jsonl (one JSON object a line) and .txt (one document a file), plain or
-gzipped; read as a stream, with the file and line of whatever is wrong.
+"""Text files as documents or conversations: .jsonl (one JSON object a line) and .txt (one document
+a file), plain or gzipped; read as a stream, with the file and line of whatever is wrong.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from moesaic.core.errors import UserError
+from moesaic.data.chat import Message, read_messages
 
 SUFFIXES = (".jsonl", ".txt", ".jsonl.gz", ".txt.gz")
 _HASHED_WHOLE = 1 << 30
@@ -30,6 +32,11 @@ class Files:
         """Yield each document. Raises UserError with file and line for a line that is not one."""
         for path in self.paths:
             yield from read_documents(path)
+
+    def conversations(self) -> Iterator[list[Message]]:
+        """Yield each conversation. Raises UserError with file and line for what is none."""
+        for path in self.paths:
+            yield from read_conversations(path)
 
     def fingerprint(self) -> str:
         """Hash the contents of the files and the form they are read in, not their names."""
@@ -71,12 +78,33 @@ def read_documents(path: Path) -> Iterator[str]:
     Raises UserError with file and line number for an empty line, a line that is not a JSON object,
     an object without ``text``, or bytes that are not UTF-8.
     """
+    with _reading(path) as file:
+        if suffix_of(path).startswith(".txt"):
+            yield _decode(file.read(), str(path))
+        else:
+            for where, record, escapes in _records(file, path):
+                text = _text(record, where)
+                yield _whole(text) if escapes else text
+
+
+def read_conversations(path: Path) -> Iterator[list[Message]]:
+    """Yield the conversations of one .jsonl file; see `moesaic.data.chat` for their forms.
+
+    Raises UserError as `read_documents` does, and for a .txt file.
+    """
+    if suffix_of(path).startswith(".txt"):
+        raise UserError(f"{path}: text, but conversations are asked for. Give a .jsonl file.")
+    with _reading(path) as file:
+        for where, record, escapes in _records(file, path):
+            turns = read_messages(record, where=where)
+            yield [{k: _whole(v) for k, v in turn.items()} for turn in turns] if escapes else turns
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[IO[bytes]]:
     try:
         with _open(path) as file:
-            if suffix_of(path).startswith(".txt"):
-                yield _decode(file.read(), str(path))
-            else:
-                yield from _lines(file, path)
+            yield file
     except (gzip.BadGzipFile, EOFError):
         raise UserError(f"{path}: the gzip data is damaged or cut off. Copy it again.") from None
     except PermissionError:
@@ -100,7 +128,8 @@ def content_hash(path: Path) -> str:
         return digest.hexdigest()
 
 
-def _lines(file: IO[bytes], path: Path) -> Iterator[str]:
+def _records(file: IO[bytes], path: Path) -> Iterator[tuple[str, dict[str, Any], bool]]:
+    """Yield place and JSON object of every line, and whether escapes are among it."""
     for number, line in enumerate(file, start=1):
         where = f"{path}:{number}"
         if not line.strip():
@@ -112,22 +141,30 @@ def _lines(file: IO[bytes], path: Path) -> Iterator[str]:
                 raise
             problem = getattr(error, "msg", "it cannot be parsed")
             raise UserError(
-                f"{where}: not JSON ({problem}). Every line is an object with a 'text'."
+                f"{where}: not JSON ({problem}). Every line is one JSON object."
             ) from None
         if not isinstance(record, dict):
             raise UserError(
                 f"{where}: a JSON {type(record).__name__}, not an object. "
-                'Write {"text": "..."} on every line.'
+                'Write {"text": "..."} or {"conversations": [...]} on every line.'
             )
-        text = record.get("text")
-        if not isinstance(text, str):
-            keys = ", ".join(map(str, record)) or "nothing"
-            fault = "has no 'text'" if "text" not in record else "'text' is not a string"
-            raise UserError(
-                f'{where}: {fault} (it holds: {keys[:200]}). Write {{"text": "..."}} on every line.'
-            )
-        # Half of a surrogate pair is no character, and tokenizers refuse it.
-        yield _SURROGATE.sub("\ufffd", text) if b"\\u" in line else text
+        yield where, record, b"\\u" in line
+
+
+def _text(record: dict[str, Any], where: str) -> str:
+    text = record.get("text")
+    if not isinstance(text, str):
+        keys = ", ".join(map(str, record)) or "nothing"
+        fault = "has no 'text'" if "text" not in record else "'text' is not a string"
+        raise UserError(
+            f'{where}: {fault} (it holds: {keys[:200]}). Write {{"text": "..."}} on every line.'
+        )
+    return text
+
+
+def _whole(text: str) -> str:
+    """Half of a surrogate pair is no character, and tokenizers refuse it."""
+    return _SURROGATE.sub("\ufffd", text)
 
 
 def _decode(data: bytes, where: str) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from moesaic.core.errors import UserError
+from moesaic.data.chat import Message, read_messages
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,7 @@ class HubDataset:
 
     def documents(self) -> Iterator[str]:
         """Yield the text of each row. Raises UserError without a text column or a connection."""
-        library = _library(self.path)
-        try:
-            rows = library.load_dataset(self.path, self.config, split=self.split, streaming=True)
-        except Exception as error:
-            raise self._refusal(error) from None
-        for number, row in enumerate(rows):
+        for number, row in enumerate(self._rows()):
             text = row.get("text")
             if not isinstance(text, str):
                 raise UserError(
@@ -48,6 +44,19 @@ class HubDataset:
                     "Choose a dataset with a text column, or write it to a .jsonl file."
                 )
             yield text
+
+    def conversations(self) -> Iterator[list[Message]]:
+        """Yield the conversation of each row. Raises UserError where there is none."""
+        for number, row in enumerate(self._rows()):
+            yield read_messages(row, where=f"{self}: row {number}")
+
+    def _rows(self) -> Iterator[Mapping[str, Any]]:
+        library = _library(self.path)
+        try:
+            rows = library.load_dataset(self.path, self.config, split=self.split, streaming=True)
+        except Exception as error:
+            raise self._refusal(error) from None
+        yield from rows
 
     def fingerprint(self) -> str:
         """Hash the name and the revision that it stands for now."""

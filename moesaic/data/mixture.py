@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from moesaic.core.errors import UserError
+from moesaic.data.conversations import ConversationDomain, open_conversations
 from moesaic.data.packing import Block, EndOfData, PackedDomain
 from moesaic.data.portions import Portions, domain_weights
 from moesaic.data.shuffle import key, uniform
@@ -31,8 +32,9 @@ class MixtureStream:
     """Draws blocks of `block` token ids from `domains` in proportion to their weights.
 
     `weights` is a preset (`moesaic.data.portions`), ``size`` (in proportion to tokens) or a
-    mapping. Iterating ends quietly where `next_block` raises EndOfData. The same arguments give the
-    same blocks on every machine; `state_dict` is JSON, and loading it is immediate, not a replay.
+    mapping. `conversations`: the domains are those of `open_conversations`. Iterating ends quietly
+    where `next_block` raises EndOfData. The same arguments give the same blocks on every machine;
+    `state_dict` is JSON, and loading it is immediate, not a replay.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class MixtureStream:
         seed: int = 0,
         lanes: int = 8,
         max_epochs: float | None = None,
+        conversations: bool = False,
         rank: int = 0,
         world: int = 1,
     ) -> None:
@@ -51,8 +54,11 @@ class MixtureStream:
             raise UserError(f"rank={rank} of world={world}. Give 0 <= rank < world.")
         if block < 1:
             raise UserError(f"block={block}. A block holds at least one token.")
-        self.domains = {
-            name: PackedDomain(domain, block=block, seed=seed, lanes=lanes, max_epochs=max_epochs)
+        options: Any = {"block": block, "seed": seed, "max_epochs": max_epochs}
+        self.domains: dict[str, PackedDomain | ConversationDomain] = {
+            name: ConversationDomain(domain, **options)
+            if conversations
+            else PackedDomain(domain, lanes=lanes, **options)
             for name, domain in domains.items()
         }
         self._names = list(self.domains)
@@ -149,16 +155,22 @@ def open_mixture(
     seed: int = 0,
     cache: Path | str | None = None,
     max_epochs: float | None = None,
+    conversations: bool = False,
     rank: int = 0,
     world: int = 1,
 ) -> MixtureStream:
-    """Tokenise `data` (or find it in `cache`) and return the stream of its blocks."""
+    """Tokenise `data` (or find it in `cache`) and return the stream of its blocks.
+
+    With `conversations` the data holds those, and a block is whole ones with their labels.
+    """
+    opened = open_conversations if conversations else open_tokens
     return MixtureStream(
-        open_tokens(data, tokenizer, cache=cache),
+        opened(data, tokenizer, cache=cache),
         block=block,
         weights=weights,
         seed=seed,
         max_epochs=max_epochs,
+        conversations=conversations,
         rank=rank,
         world=world,
     )

@@ -33,13 +33,15 @@ class Block:
     """A block of tokens and where its documents begin.
 
     All arrays are int64 [T]: `ids`; `document`, 0, 1, 2, ... within the block; `position`, 0, 1,
-    ... within each document's part of the block (pass it as position_ids to keep documents apart).
+    ... within each document's part of the block (pass it as position_ids to keep documents apart);
+    `labels`, what is learned where it is not all of `ids`, -100 elsewhere.
     """
 
     domain: str
     ids: np.ndarray
     document: np.ndarray
     position: np.ndarray
+    labels: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@
     segment_T         number of the conversation a token belongs to, 1, 2, ...; 0 is padding
     position_T        0, 1, ... anew in every conversation, and in the padding
 
-Given position_ids that begin anew and no attention mask, transformers' models (sdpa, eager) let no
-token see another conversation. Attention of variable length wants `unpad`.
+Given position_ids that begin anew, no attention mask and `use_cache=False`, transformers' models
+(sdpa, eager) let no token see another conversation. Attention of variable length wants `unpad`.
 """
 
 from __future__ import annotations

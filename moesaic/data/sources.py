@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from moesaic.core.errors import UserError, nearest
+from moesaic.data.chat import Message
 from moesaic.data.files import SUFFIXES, Files, checked, files_below, suffix_of
 
 
@@ -37,6 +38,15 @@ class Source(Protocol):
 
     def fingerprint(self) -> str:
         """Return a key that changes when the documents change."""
+
+
+def conversations_of(source: Source) -> Iterator[list[Message]]:
+    """Return the conversations of a source. Raises UserError for one that is text only."""
+    read: Any = getattr(source, "conversations", None)
+    if read is None:
+        raise UserError("conversations are read from .jsonl files and datasets, this is text.")
+    found: Iterator[list[Message]] = read()
+    return found
 
 
 Data = str | os.PathLike[str] | Source | Sequence[Any] | Mapping[str, Any]
@@ -52,6 +62,11 @@ class Chain:
         """Yield the documents of each part in turn."""
         for part in self.parts:
             yield from part.documents()
+
+    def conversations(self) -> Iterator[list[Message]]:
+        """Yield the conversations of each part in turn. Raises UserError for a part of text."""
+        for part in self.parts:
+            yield from conversations_of(part)
 
     def fingerprint(self) -> str:
         """Hash the fingerprints of the parts."""

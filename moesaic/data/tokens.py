@@ -20,7 +20,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,14 +93,35 @@ def open_tokens(
     `tokenizer` is a transformers tokenizer, best a fast one. Raises UserError for faults in the
     data and for a domain without a single token.
     """
-    sources = open_domains(data)
+    return cached_tokens(
+        data,
+        tokenizer,
+        lambda _, source: encode_batches(source.documents(), tokenizer),
+        fingerprint=tokenizer_fingerprint(tokenizer),
+        dtype=np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32,
+        cache=cache,
+    )
+
+
+def cached_tokens(
+    data: Data,
+    tokenizer: Any,
+    encode: Callable[[str, Source], Iterator[list[list[int]]]],
+    *,
+    fingerprint: str,
+    dtype: type[np.integer[Any]],
+    cache: Path | str | None,
+) -> dict[str, TokenDomain]:
+    """Return every domain of `data` as `encode` makes it (of its name and source), or from cache.
+
+    `fingerprint` is the key of what decides ids beside the data, `dtype` holds them.
+    """
     folder = cache_directory() if cache is None else check_folder(cache)
-    fingerprint = tokenizer_fingerprint(tokenizer)
     opened = {}
-    for name, source in sources.items():
+    for name, source in open_domains(data).items():
         path = folder / f"{fingerprint[:16]}-{source.fingerprint()[:32]}"
         if not (path / "tokens.json").is_file():
-            _write(path, source, tokenizer, name)
+            _write(path, encode(name, source), dtype, name)
         opened[name] = _open(path, name, tokenizer)
     return opened
 
@@ -158,7 +179,9 @@ def _encoder(tokenizer: Any) -> Any:
     ]
 
 
-def _write(path: Path, source: Source, tokenizer: Any, name: str) -> None:
+def _write(
+    path: Path, batches: Iterable[list[list[int]]], dtype: type[np.integer[Any]], name: str
+) -> None:
     """Write a cache entry under a name of its own, then rename it; several writers may race."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(path)
@@ -166,7 +189,7 @@ def _write(path: Path, source: Source, tokenizer: Any, name: str) -> None:
     # then neither be unique nor tell who is alive.
     partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.partial-"))
     try:
-        _write_entry(partial, source, tokenizer, name)
+        _write_entry(partial, batches, dtype, name)
         try:
             partial.rename(path)
         except OSError:
@@ -178,20 +201,21 @@ def _write(path: Path, source: Source, tokenizer: Any, name: str) -> None:
             path.parent.rmdir()  # a cache that nothing came into
 
 
-def _write_entry(folder: Path, source: Source, tokenizer: Any, name: str) -> None:
-    width = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
+def _write_entry(
+    folder: Path, batches: Iterable[list[list[int]]], dtype: type[np.integer[Any]], name: str
+) -> None:
     offsets = array.array("q", [0])
     with (folder / "ids.bin").open("wb") as file, progress(f"tokenising {name}") as bar:
-        for batch in encode_batches(source.documents(), tokenizer):
+        for batch in batches:
             for ids in batch:
-                file.write(np.asarray(ids, dtype=width).tobytes())
+                file.write(np.asarray(ids, dtype=dtype).tobytes())
                 offsets.append(offsets[-1] + len(ids))
             bar.advance(len(batch), tokens=offsets[-1])
     if offsets[-1] == 0:
         raise UserError(f"the domain '{name}' holds no token. Give it text, or leave it out.")
     with (folder / "offsets.bin").open("wb") as file:
         offsets.tofile(file)
-    facts = {"documents": len(offsets) - 1, "tokens": offsets[-1], "dtype": width.__name__}
+    facts = {"documents": len(offsets) - 1, "tokens": offsets[-1], "dtype": dtype.__name__}
     (folder / "tokens.json").write_text(json.dumps(facts), encoding="utf-8")
 
 

@@ -20,13 +20,14 @@ import numpy as np
 import torch
 
 from moesaic.core.errors import MoesaicError
+from moesaic.data import Block
 
 
 class Stream(Protocol):
     """What the loop needs of `moesaic.data`'s mixture: blocks without end and a cursor."""
 
-    def next_block(self) -> tuple[str, np.ndarray]:
-        """Return the next block's domain and token ids."""
+    def next(self) -> Block:
+        """Return the next block."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the cursor as JSON."""
@@ -34,27 +35,34 @@ class Stream(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """The data of one update."""
+    """The data of one update; `packed` holds positions and labels, of conversations only."""
 
     ids_ABT: torch.Tensor
+    packed: dict[str, torch.Tensor]
     domains: Counter[str]
     cursor: dict[str, Any]
 
 
 def draw(stream: Stream, *, accumulation: int, size: int, length: int, pin: bool) -> Batch:
     """Draw the blocks of one update. Raises MoesaicError for a block of another length."""
-    ids = np.empty((accumulation * size, length), dtype=np.int64)
-    domains: Counter[str] = Counter()
-    for row in ids:
-        domain, block = stream.next_block()
-        if len(block) != length:
+    blocks = [stream.next() for _ in range(accumulation * size)]
+    for block in blocks:
+        if len(block.ids) != length:
             raise MoesaicError(
-                f"the data stream gave a block of {len(block)} tokens, not {length}."
+                f"the data stream gave a block of {len(block.ids)} tokens, not {length}."
             )
-        row[:] = block
-        domains[domain] += 1
-    ids_ABT = torch.from_numpy(ids).view(accumulation, size, length)
-    return Batch(ids_ABT.pin_memory() if pin else ids_ABT, domains, stream.state_dict())
+
+    def stacked(rows: list[np.ndarray]) -> torch.Tensor:
+        found_ABT = torch.from_numpy(np.stack(rows)).view(accumulation, size, length)
+        return found_ABT.pin_memory() if pin else found_ABT
+
+    labels = [block.labels for block in blocks if block.labels is not None]
+    packed = {}
+    if labels:
+        packed["position_ABT"] = stacked([block.position for block in blocks])
+        packed["labels_ABT"] = stacked(labels)
+    domains = Counter(block.domain for block in blocks)
+    return Batch(stacked([block.ids for block in blocks]), packed, domains, stream.state_dict())
 
 
 def prefetch(

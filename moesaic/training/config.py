@@ -54,6 +54,9 @@ class DataConfig(Config):
     """Held-out text in the same forms; None: no evaluation."""
     weights: Literal["llama", "sheared", "uniform", "size"] | dict[str, float] = "uniform"
     """Share of the blocks drawn from each domain; `size`: in proportion to the domain's tokens."""
+    conversations: bool = False
+    """`train` and `valid` hold conversations (`conversations` or `messages`), not text: only what
+    the assistant says is learned and scored; a sequence is whole ones, kept apart."""
     dynamic: DynamicConfig | None = None
     """Adapt the weights after each evaluation; None: they stay."""
     block_size: int = Field(default=512, ge=2)

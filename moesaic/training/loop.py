@@ -174,13 +174,15 @@ class Run:
         self.balance = choose_balance(self.model, config.balance)
         self.parameters, self.active = setup.count_parameters(self.model)
         self.data = setup.open_data(config, self.tokenizer)
+        if config.data.conversations:
+            setup.check_apart(self.model)
         self.weights = dict(self.data.stream.weights)
         self.optimizer = Optimizer(self.model, config.optimizer)
         self.schedule = Schedule(
             config.schedule, peak=config.optimizer.lr, total=config.total_steps
         )
         run_pass = build_pass(self.model, self.balance)
-        self.run_pass: Callable[[torch.Tensor], PassOutput] = (
+        self.run_pass: Callable[..., PassOutput] = (
             torch.compile(run_pass) if config.compile else run_pass
         )
         self.peak = peak_flops(self.device, config.log.peak_tflops)
@@ -254,11 +256,13 @@ class Run:
     def _update(self, batch: batches.Batch, log: Log) -> dict[str, Any]:
         rate = self.schedule.apply(self.optimizer.inner, self.step)
         ids_ABT = batch.ids_ABT.to(self.device, non_blocking=True)
+        packed = {k: v.to(self.device, non_blocking=True) for k, v in batch.packed.items()}
         with self._watched():
             result = run_update(
                 self.run_pass,
                 self.optimizer,
                 ids_ABT,
+                **packed,
                 autocast=self._autocast(),
                 balance=self.balance,
             )

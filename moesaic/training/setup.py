@@ -16,6 +16,7 @@ from moesaic.data.dynamic import reference_losses
 from moesaic.kernels.fuse import fuse_routers
 from moesaic.kernels.options import configure, reset
 from moesaic.measure import held_out_loss
+from moesaic.measure.rows import evaluating
 from moesaic.models.anatomy import anatomy, build
 from moesaic.models.catalog import find
 from moesaic.models.checkpoint import Checkpoint
@@ -175,6 +176,31 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel)
         )
 
 
+def check_apart(model: PreTrainedModel) -> None:
+    """Raise UserError when a model lets conversations that are packed into one row see each other.
+
+    Told from one pass over two: what the second says may not change with the first at all.
+    """
+    embeddings: Any = model.get_input_embeddings()
+    kept: list[torch.Tensor] = []
+    hook = embeddings.register_forward_hook(lambda _, args, output: kept.append(output))
+    half = 4
+    weight = embeddings.weight
+    ids_BT = torch.arange(2 * half, device=weight.device)[None] % weight.shape[0]
+    try:
+        with evaluating(model), torch.enable_grad():
+            outputs = model(input_ids=ids_BT, position_ids=ids_BT % half, use_cache=False)
+            said = outputs.logits[:, half:].float().logsumexp(-1).sum()
+            (change_BTD,) = torch.autograd.grad(said, kept[:1])
+    finally:
+        hook.remove()
+    if bool(change_BTD[:, :half].any()):
+        raise UserError(
+            f"{type(model).__name__} does not keep conversations apart that share a row: the "
+            "second of two depends on the first. Train another family on conversations."
+        )
+
+
 def _check_finite(config: TrainConfig, model: PreTrainedModel) -> None:
     for name, weight in model.named_parameters():
         if not bool(torch.isfinite(weight).all()):
@@ -213,6 +239,7 @@ def open_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Data:
         seed=config.seed,
         cache=data.cache,
         max_epochs=data.max_epochs,
+        conversations=data.conversations,
     )
     if data.dynamic is not None:
         names = list(stream.domains)
@@ -240,4 +267,5 @@ def evaluate(
         context=config.evaluate.context or config.data.block_size,
         batch_size=config.evaluate.batch,
         max_documents=config.evaluate.documents,
+        conversations=config.data.conversations,
     )

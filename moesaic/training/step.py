@@ -1,9 +1,11 @@
 """One optimizer update: forward passes, the loss they add up to, and what is worth reporting.
 
     ids_ABT   token ids: A forward passes of B sequences of T tokens
+    position_ABT, labels_ABT   of packed conversations: positions that begin anew in each, and what
+              is learned (-100: not); without them a sequence is one text and all of it is learned
     counts_LE load or importance per layer L and expert E
 
-The update's loss is  sum(cross-entropy) / tokens  +  mean over passes of the balance loss.
+The update's loss is  sum(cross-entropy) / tokens learned  +  mean over passes of the balance loss.
 Cross-entropy is weighted by tokens over the whole update, and the balance loss is averaged, so
 neither depends on how the sequences are divided into passes (beyond what the balance statistic
 itself sees).
@@ -40,10 +42,9 @@ class UpdateResult(NamedTuple):
     routing: dict[str, torch.Tensor]
 
 
-def build_pass(
-    model: nn.Module, balance: Balance | None = None
-) -> Callable[[torch.Tensor], PassOutput]:
-    """Return the function from ids_BT to one pass's outputs; torch.compile may take it.
+def build_pass(model: nn.Module, balance: Balance | None = None) -> Callable[..., PassOutput]:
+    """Return the function from ids_BT, and position_BT and labels_BT if any, to one pass's outputs;
+    torch.compile may take it.
 
     `balance` None: as the model wants to be balanced by default.
     """
@@ -54,12 +55,19 @@ def build_pass(
     # Asking for router logits costs memory and makes the model add its own loss: only where needed.
     extra = {"output_router_logits": True} if kind == "native" and coefficient > 0 else {}
 
-    def run(ids_BT: torch.Tensor) -> PassOutput:
+    def run(
+        ids_BT: torch.Tensor,
+        position_BT: torch.Tensor | None = None,
+        labels_BT: torch.Tensor | None = None,
+    ) -> PassOutput:
         if observer is not None:
             observer.start()
-        outputs = model(input_ids=ids_BT, use_cache=False, **extra)
+        # No mask: positions that begin anew are what keeps conversations apart.
+        where = {} if position_BT is None else {"position_ids": position_BT}
+        outputs = model(input_ids=ids_BT, use_cache=False, **where, **extra)
         logits_NV = outputs.logits[:, :-1].flatten(0, 1).float()
-        cross_entropy = F.cross_entropy(logits_NV, ids_BT[:, 1:].flatten(), reduction="sum")
+        learned_BT = ids_BT if labels_BT is None else labels_BT
+        cross_entropy = F.cross_entropy(logits_NV, learned_BT[:, 1:].flatten(), reduction="sum")
         loss, load, importance = None, None, None
         if kind == "llama_moe":
             loss = outputs.balance_loss
@@ -80,10 +88,12 @@ def build_pass(
 
 
 def run_update(
-    run_pass: Callable[[torch.Tensor], PassOutput],
+    run_pass: Callable[..., PassOutput],
     optimizer: Optimizer,
     ids_ABT: torch.Tensor,
     *,
+    position_ABT: torch.Tensor | None = None,
+    labels_ABT: torch.Tensor | None = None,
     autocast: AbstractContextManager[Any] | None = None,
     balance: Balance | None = None,
 ) -> UpdateResult:
@@ -91,7 +101,9 @@ def run_update(
 
     With `balance`, the biases that it moves are moved by the load of all passes.
     """
-    result = accumulate(run_pass, ids_ABT, autocast=autocast)
+    result = accumulate(
+        run_pass, ids_ABT, position_ABT=position_ABT, labels_ABT=labels_ABT, autocast=autocast
+    )
     result.values["grad_norm"] = optimizer.step()
     if balance is not None and balance.rate:
         balance.move_biases(result.routing["load"])
@@ -99,19 +111,25 @@ def run_update(
 
 
 def accumulate(
-    run_pass: Callable[[torch.Tensor], PassOutput],
+    run_pass: Callable[..., PassOutput],
     ids_ABT: torch.Tensor,
     *,
+    position_ABT: torch.Tensor | None = None,
+    labels_ABT: torch.Tensor | None = None,
     autocast: AbstractContextManager[Any] | None = None,
 ) -> UpdateResult:
     """Add the update's gradients to the parameters; no host synchronisation."""
     passes = len(ids_ABT)
-    predicted = ids_ABT.shape[0] * ids_ABT.shape[1] * (ids_ABT.shape[2] - 1)
+    predicted: torch.Tensor | int = ids_ABT[..., 1:].numel()
+    given: list[torch.Tensor] = [ids_ABT]
+    if position_ABT is not None and labels_ABT is not None:
+        given += [position_ABT, labels_ABT]
+        predicted = (labels_ABT[..., 1:] >= 0).sum().clamp_min(1)
     values: dict[str, torch.Tensor] = {}
     routing: dict[str, torch.Tensor] = {}
-    for ids_BT in ids_ABT:
+    for tensors_BT in zip(*given, strict=True):
         with autocast or nullcontext():
-            found = run_pass(ids_BT)
+            found = run_pass(*tensors_BT)
         loss = found.cross_entropy / predicted
         _add(values, "loss", loss)
         if found.balance is not None:
