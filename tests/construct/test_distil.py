@@ -17,7 +17,7 @@ from tests.construct.dense_family_models import write_family
 from tests.construct.dense_models import write_text_tokenizer
 
 LAYERS, HIDDEN, WIDTH, EXPERTS = 3, 32, 48, 4
-QUICK = {"passes": 6, "batch": 48, "learning_rate": 3e-4}
+QUICK = {"passes": 6, "batch": 48, "learning_rate": 1e-4}
 
 
 def _normal(*shape, seed=0):
@@ -49,7 +49,7 @@ def test_divergence_is_the_kl_with_its_gradient(cap, at_once, monkeypatch):
 class Case:
     """The first layer of a tiny model as experts, and the way through the layers behind it."""
 
-    def __init__(self, path, kind, *, top_k=1, kept=True, device="cpu"):
+    def __init__(self, path, kind, *, top_k=2, kept=True, device="cpu"):
         self.stream = stream = LayerStream(open_dense(path), context=16, device=device)
         layer = stream.load(0)
         weights = {
@@ -57,7 +57,8 @@ class Case:
             "up_PD": layer.mlp.up_proj.weight.detach(),
             "down_PD": layer.mlp.down_proj.weight.T.contiguous().detach(),
         }
-        router = {"weight": _normal(EXPERTS, HIDDEN).to(device)}
+        router = {"weight": _normal(EXPERTS, HIDDEN), "bias": torch.zeros(EXPERTS)}
+        router = {name: value.to(device) for name, value in router.items()}
         fixed = Fixed(top_k, layer.mlp.act_fn)
         self.block = RoutedBlock(
             stream, layer, fixed, width=WIDTH // EXPERTS, router=router, **weights
