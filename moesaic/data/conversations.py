@@ -38,7 +38,8 @@ def open_conversations(
     Conversations without an answer are left out. Raises UserError for faults in the data, and for
     a tokenizer without a usable template.
     """
-    facts = f"conversations {tokenizer_fingerprint(tokenizer)} {chat_template(tokenizer)}"
+    decides = (chat_template(tokenizer), sorted(tokenizer.special_tokens_map.items()))
+    facts = f"conversations {tokenizer_fingerprint(tokenizer)} {decides}"
     return cached_tokens(
         data,
         tokenizer,
