@@ -8,7 +8,7 @@ from typing import Any
 from moesaic.core.config import Config
 from moesaic.models.selects import Selects
 
-__all__ = ["Weighting", "layer_fields"]
+__all__ = ["StartingAtOne", "Weighting", "layer_fields"]
 
 
 class Weighting(Config):
@@ -22,6 +22,22 @@ class Weighting(Config):
     @abstractmethod
     def fields(self, *, routed: int, selects: int) -> dict[str, Any]:
         """Fields of `LlamaMoEConfig` for `routed` experts of which a token uses `selects`."""
+
+
+class StartingAtOne(Weighting):
+    """Weights that are 1 at conversion: all experts on are the dense model. The gate has its name.
+
+    No noise: it would undo a fitted router.
+    """
+
+    def fields(self, *, routed: int, selects: int) -> dict[str, Any]:
+        """Fields of the config."""
+        return {
+            "gate_weighting": self.key,
+            "multiply_gate_scores": True,
+            "score_scale_factor": 1.0,
+            "gate_add_noise": False,
+        }
 
 
 def layer_fields(weighting: Weighting, *, routed: int, selects: Selects) -> dict[str, Any]:
