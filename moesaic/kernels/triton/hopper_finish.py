@@ -48,10 +48,10 @@ def _fetch(h_desc, h_smem, fetched, slot, apart, row, column, pred):
 
 @gluon.jit
 def bring(
-    h_smem, fetched, emptied, tile_expert_ptr, tile_row_ptr, tile_left_ptr, count_ptr, h_desc, N,
-    apart, group_m, BN: gl.constexpr,
+    h_smem, fetched, emptied, places, h_desc, N, apart, group_m, BN: gl.constexpr,
 ):  # fmt: skip
     """One warp, the LOADER: fetch h in `finish`'s order, a part as soon as there is room for it."""
+    tile_expert_ptr, tile_row_ptr, tile_left_ptr, count_ptr = places
     N = eights(N)
     tiles_m = gl.load(count_ptr)
     tiles_n = gl.cdiv(N, BN)
@@ -131,9 +131,9 @@ def _write(
 
 @gluon.jit
 def finish(
-    buffers, ready, free, h_smem, fetched, emptied, tile_expert_ptr, tile_row_ptr, tile_left_ptr,
-    count_ptr, h_desc, out_ptr, out2_ptr, out3_ptr, weight_ptr, partial_ptr, N, apart, stride,
-    stride3, group_m, BN: gl.constexpr, ACTIVATION: gl.constexpr, LOADER: gl.constexpr,
+    buffers, ready, free, h_smem, fetched, emptied, places, h_desc, out_ptr, out2_ptr, out3_ptr,
+    weight_ptr, partial_ptr, N, apart, stride, stride3, group_m,
+    BN: gl.constexpr, ACTIVATION: gl.constexpr, LOADER: gl.constexpr,
 ):  # fmt: skip
     """Walk over the tiles as the consumers do; `ready` and `free` hand their buffers over.
 
@@ -141,6 +141,7 @@ def finish(
 
     The loops are not unrolled: their body alone fills the instruction cache.
     """
+    tile_expert_ptr, tile_row_ptr, tile_left_ptr, count_ptr = places
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
     CHUNKS: gl.constexpr = BN // CHUNK
     N = eights(N)

@@ -48,11 +48,12 @@ def _tokens(token_ptr, row, left, r):
 
 @gluon.jit
 def _producer(
-    a_desc, a_ptr, token_ptr, b_desc, tile_expert_ptr, tile_row_ptr, tile_left_ptr, count_ptr,
-    a_smem, b_smem, full, empty, N, K, b_rows, second, group_m,
+    a_desc, a_ptr, token_ptr, b_desc, places, a_smem, b_smem, full, empty,
+    N, K, b_rows, second, group_m,
     GATHER: gl.constexpr, EVEN_K: gl.constexpr, B_KMAJOR: gl.constexpr, PAIR: gl.constexpr,
     BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
+    tile_expert_ptr, tile_row_ptr, tile_left_ptr, count_ptr = places
     K = eights(K)
     WIDTH: gl.constexpr = BN // 2 if PAIR else BN
     A_BYTES: gl.constexpr = 2 * HALF * BK * 2
@@ -121,12 +122,12 @@ def _tile(
     out_ptr, out_desc, out2_ptr, out2_desc, out3_ptr, out3_desc, N, out_stride, out3_stride,
     WG: gl.constexpr, EPILOGUE: gl.constexpr, GATHER: gl.constexpr, B_KMAJOR: gl.constexpr,
     KEEP_H: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
-    WIDTH: gl.constexpr, ACTIVATION: gl.constexpr, APART: gl.constexpr,
+    WIDTH: gl.constexpr, ACTIVATION: gl.constexpr, LOADER: gl.constexpr,
 ):  # fmt: skip
     """Multiply and give away 64 rows of a tile, WIDTH columns of each matrix; return the step."""
     PAIR: gl.constexpr = EPILOGUE == "swiglu"
     # Two products of half the columns: one of 256 wants more registers than there are for 16 warps.
-    TWO: gl.constexpr = APART and WIDTH == 256
+    TWO: gl.constexpr = LOADER and WIDTH == 256
     MMA_WIDTH: gl.constexpr = WIDTH // 2 if TWO else WIDTH
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, MMA_WIDTH, 16])
     dtype: gl.constexpr = out_ptr.dtype.element_ty
@@ -205,13 +206,15 @@ def _tile(
 
 @gluon.jit
 def _consumer(
-    a_smem, b_smem, buffers, full, empty, ready, free, tile_expert_ptr, tile_row_ptr,
-    tile_left_ptr, count_ptr, out_ptr, out_desc, out2_ptr, out2_desc, out3_ptr, out3_desc, N, K,
-    out_stride, out3_stride, group_m,
+    a_smem, b_smem, buffers, handed, places, outputs, sizes,
     WG: gl.constexpr, EPILOGUE: gl.constexpr, GATHER: gl.constexpr, B_KMAJOR: gl.constexpr,
     KEEP_H: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
-    ACTIVATION: gl.constexpr, APART: gl.constexpr,
+    ACTIVATION: gl.constexpr, LOADER: gl.constexpr,
 ):  # fmt: skip
+    full, empty, ready, free = handed
+    tile_expert_ptr, tile_row_ptr, tile_left_ptr, count_ptr = places
+    out_ptr, out_desc, out2_ptr, out2_desc, out3_ptr, out3_desc = outputs
+    N, K, out_stride, out3_stride, group_m = sizes
     WIDTH: gl.constexpr = BN // 2 if EPILOGUE == "swiglu" else BN
     NARROW: gl.constexpr = WIDTH // 2 if WIDTH > CHUNK else WIDTH
     tiles_m = gl.load(count_ptr)
@@ -243,7 +246,7 @@ def _consumer(
                 k_tiles, out_ptr, out_desc, out2_ptr, out2_desc, out3_ptr, out3_desc, N,
                 out_stride, out3_stride,
                 WG, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES, WIDTH, ACTIVATION,
-                APART,
+                LOADER,
             )  # fmt: skip
             given += 1
         else:
@@ -253,7 +256,7 @@ def _consumer(
                 k_tiles, out_ptr, out_desc, out2_ptr, out2_desc, out3_ptr, out3_desc, N,
                 out_stride, out3_stride,
                 WG, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES, NARROW, ACTIVATION,
-                APART,
+                LOADER,
             )  # fmt: skip
             given += 1
         first, left, column_tile = next_first, next_left, next_column_tile
@@ -315,35 +318,31 @@ def rows_kernel(
         buffers1 = gl.allocate_shared_memory(dtype, [BUFFERS, HALF, CHUNK], swizzled)
     fence_async_shared()
     sync()
+    places = (tile_expert_ptr, tile_row_ptr, tile_left_ptr, count_ptr)
+    handed = (full, empty, ready, free)
+    outputs = (out_ptr, out_desc, out2_ptr, out2_desc, out3_ptr, out3_desc)
+    sizes = (N, K, out_stride, out3_stride, group_m)
     if LOADER:
         gl.warp_specialize(
             [
                 (_consumer, (
-                    a_smem, b_smem, buffers0, full, empty, ready, free, tile_expert_ptr,
-                    tile_row_ptr, tile_left_ptr, count_ptr, out_ptr, out_desc, out2_ptr,
-                    out2_desc, out3_ptr, out3_desc, N, K, out_stride, out3_stride, group_m,
+                    a_smem, b_smem, buffers0, handed, places, outputs, sizes,
                     0, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES, ACTIVATION, LOADER,
                 )),
                 (_consumer, (
-                    a_smem, b_smem, buffers1, full, empty, ready, free, tile_expert_ptr,
-                    tile_row_ptr, tile_left_ptr, count_ptr, out_ptr, out_desc, out2_ptr,
-                    out2_desc, out3_ptr, out3_desc, N, K, out_stride, out3_stride, group_m,
+                    a_smem, b_smem, buffers1, handed, places, outputs, sizes,
                     1, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES, ACTIVATION, LOADER,
                 )),
                 (_producer, (
-                    a_desc, a_ptr, token_ptr, b_desc, tile_expert_ptr, tile_row_ptr, tile_left_ptr,
-                    count_ptr, a_smem, b_smem, full, empty, N, K, b_rows, second, group_m,
+                    a_desc, a_ptr, token_ptr, b_desc, places, a_smem, b_smem, full, empty,
+                    N, K, b_rows, second, group_m,
                     GATHER, EVEN_K, B_KMAJOR, PAIR, BN, BK, STAGES,
                 )),
-                (bring, (
-                    h_smem, fetched, emptied, tile_expert_ptr, tile_row_ptr, tile_left_ptr,
-                    count_ptr, h_desc, N, second, group_m, BN,
-                )),
+                (bring, (h_smem, fetched, emptied, places, h_desc, N, second, group_m, BN)),
                 (finish, (
-                    buffers0, ready, free, h_smem, fetched, emptied, tile_expert_ptr, tile_row_ptr,
-                    tile_left_ptr, count_ptr, h_desc, out_ptr, out2_ptr, out3_ptr, weight_ptr,
-                    partial_ptr, N, second, out_stride, out3_stride, group_m, BN, ACTIVATION,
-                    LOADER,
+                    buffers0, ready, free, h_smem, fetched, emptied, places, h_desc, out_ptr,
+                    out2_ptr, out3_ptr, weight_ptr, partial_ptr, N, second, out_stride, out3_stride,
+                    group_m, BN, ACTIVATION, LOADER,
                 )),
             ],
             [4, PRODUCER_WARPS, 1, FINISHER_WARPS],
@@ -353,27 +352,22 @@ def rows_kernel(
         gl.warp_specialize(
             [
                 (_consumer, (
-                    a_smem, b_smem, buffers0, full, empty, ready, free, tile_expert_ptr,
-                    tile_row_ptr, tile_left_ptr, count_ptr, out_ptr, out_desc, out2_ptr,
-                    out2_desc, out3_ptr, out3_desc, N, K, out_stride, out3_stride, group_m,
+                    a_smem, b_smem, buffers0, handed, places, outputs, sizes,
                     0, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES, ACTIVATION, LOADER,
                 )),
                 (_consumer, (
-                    a_smem, b_smem, buffers1, full, empty, ready, free, tile_expert_ptr,
-                    tile_row_ptr, tile_left_ptr, count_ptr, out_ptr, out_desc, out2_ptr,
-                    out2_desc, out3_ptr, out3_desc, N, K, out_stride, out3_stride, group_m,
+                    a_smem, b_smem, buffers1, handed, places, outputs, sizes,
                     1, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES, ACTIVATION, LOADER,
                 )),
                 (_producer, (
-                    a_desc, a_ptr, token_ptr, b_desc, tile_expert_ptr, tile_row_ptr, tile_left_ptr,
-                    count_ptr, a_smem, b_smem, full, empty, N, K, b_rows, second, group_m,
+                    a_desc, a_ptr, token_ptr, b_desc, places, a_smem, b_smem, full, empty,
+                    N, K, b_rows, second, group_m,
                     GATHER, EVEN_K, B_KMAJOR, PAIR, BN, BK, STAGES,
                 )),
                 (finish, (
-                    buffers0, ready, free, h_smem, fetched, emptied, tile_expert_ptr, tile_row_ptr,
-                    tile_left_ptr, count_ptr, h_desc, out_ptr, out2_ptr, out3_ptr, weight_ptr,
-                    partial_ptr, N, second, out_stride, out3_stride, group_m, BN, ACTIVATION,
-                    LOADER,
+                    buffers0, ready, free, h_smem, fetched, emptied, places, h_desc, out_ptr,
+                    out2_ptr, out3_ptr, weight_ptr, partial_ptr, N, second, out_stride, out3_stride,
+                    group_m, BN, ACTIVATION, LOADER,
                 )),
             ],
             [4, PRODUCER_WARPS, FINISHER_WARPS],
@@ -383,20 +377,16 @@ def rows_kernel(
         gl.warp_specialize(
             [
                 (_consumer, (
-                    a_smem, b_smem, buffers0, full, empty, ready, free, tile_expert_ptr,
-                    tile_row_ptr, tile_left_ptr, count_ptr, out_ptr, out_desc, out2_ptr,
-                    out2_desc, out3_ptr, out3_desc, N, K, out_stride, out3_stride, group_m,
+                    a_smem, b_smem, buffers0, handed, places, outputs, sizes,
                     0, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES, ACTIVATION, LOADER,
                 )),
                 (_consumer, (
-                    a_smem, b_smem, buffers1, full, empty, ready, free, tile_expert_ptr,
-                    tile_row_ptr, tile_left_ptr, count_ptr, out_ptr, out_desc, out2_ptr,
-                    out2_desc, out3_ptr, out3_desc, N, K, out_stride, out3_stride, group_m,
+                    a_smem, b_smem, buffers1, handed, places, outputs, sizes,
                     1, EPILOGUE, GATHER, B_KMAJOR, KEEP_H, BN, BK, STAGES, ACTIVATION, LOADER,
                 )),
                 (_producer, (
-                    a_desc, a_ptr, token_ptr, b_desc, tile_expert_ptr, tile_row_ptr, tile_left_ptr,
-                    count_ptr, a_smem, b_smem, full, empty, N, K, b_rows, second, group_m,
+                    a_desc, a_ptr, token_ptr, b_desc, places, a_smem, b_smem, full, empty,
+                    N, K, b_rows, second, group_m,
                     GATHER, EVEN_K, B_KMAJOR, PAIR, BN, BK, STAGES,
                 )),
             ],
