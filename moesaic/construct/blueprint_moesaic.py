@@ -46,9 +46,11 @@ class BlueprintMoesaic(Blueprint):
 
     def router_tensors(self, layer: int) -> dict[str, torch.Tensor]:
         """The router under its final names, in the checkpoint's type."""
+        from moesaic.models.families.moesaic_moe import LEARNED
+
         start = f"{self.prefix}layers.{layer}.mlp.gate."
         weights = self.router.layers[layer]
-        if self.config["weighting"] in ("learned", "tempered"):
+        if self.config["weighting"] in LEARNED:
             weights = {**weights, "scale": torch.zeros(self.split.num_experts)}
         return {f"{start}{name}": tensor.to(self.experts_dtype) for name, tensor in weights.items()}
 

@@ -118,6 +118,8 @@ def view_of(config: Mapping[str, Any], *, name: str = "config.json") -> MixtureV
 
 
 def _moesaic(own: Any, obstacles: list[str]) -> MixtureView:
+    from moesaic.models.families.moesaic_moe import LEARNED
+
     text = own.text_config.to_dict()
     top_k = _top_k(own.num_experts_per_tok, obstacles)
     if text.get("attention_bias"):
@@ -129,7 +131,7 @@ def _moesaic(own: Any, obstacles: list[str]) -> MixtureView:
         top_k=top_k,
         width=own.moe_intermediate_size,
         shared_width=own.shared_expert_intermediate_size,
-        rule="one" if own.weighting in ("learned", "tempered") else own.weighting,
+        rule="one" if own.weighting in LEARNED else own.weighting,
         factors=tuple(own.scaling_of(i) for i in range(text["num_hidden_layers"])),
         router_bias=own.router_bias,
         obstacles=tuple(obstacles),

@@ -36,7 +36,7 @@ def pin(
             "Always-on experts that differ by layer need a router of one matrix. Choose another "
             "router, such as mean-gate."
         )
-    if weighting not in ("one", "tempered"):
+    if weighting == "scores":
         raise UserError(
             "Always-on experts that differ by layer need weights of 1 at conversion. Use "
             "weighting: one or tempered."

@@ -16,6 +16,8 @@ from moesaic.construct.agreement import check_top_k
 from moesaic.construct.dense import DenseModel
 from moesaic.construct.free.distil import Distillation
 from moesaic.construct.legacy_v2 import SUFFIXES
+from moesaic.construct.weighting import StartingAtOne
+from moesaic.construct.weightings import WEIGHTINGS
 from moesaic.core.config import Config, parse
 from moesaic.core.errors import UserError
 
@@ -124,7 +126,7 @@ def refinement(recipe: Recipe) -> Distillation | None:
     settings = dict(chosen)
     if settings.pop("method", None) != "layerwise":
         raise UserError(f"refine={recipe.refine!r} was given. Use layerwise, or null.")
-    if name_of(recipe.weighting) not in ("tempered", "one"):
+    if not isinstance(WEIGHTINGS.resolve(recipe.weighting), StartingAtOne):
         raise UserError(
             "refine: layerwise needs weights of 1 at conversion (weighting: tempered or one). "
             "Change it, or use refine: null."

@@ -99,8 +99,7 @@ class Gate(nn.Module):
         else:
             raise unknown("gate network", str(network), ("mlp", "linear", "glu"))
         self.weighting = weighting
-        corrected = weighting in ("one", "tempered")
-        self.correction = nn.Parameter(torch.zeros(num_experts)) if corrected else None
+        self.correction = nn.Parameter(torch.zeros(num_experts)) if weighting in LEARNED else None
 
     def forward(
         self, x_TD: torch.Tensor, valid_T: torch.Tensor | None = None, statistics: bool = True
@@ -120,9 +119,7 @@ class Gate(nn.Module):
         """Weights [T, K] of the chosen experts: scores, or starting at 1."""
         if self.correction is None:
             return scores_TK
-        return (near_one if self.weighting == "one" else tempered)(
-            logits_TE, self.correction, ids_TK
-        )
+        return LEARNED[self.weighting](logits_TE, self.correction, ids_TK)
 
     def _sums(
         self, ids_TK: torch.Tensor, values_TK: torch.Tensor | float, valid_T: torch.Tensor | None
@@ -434,6 +431,10 @@ def tempered(
     exponents_TK = (10.0 * correction_E.float()).expand_as(logits_TE).gather(1, ids_TK)
     weights_TK = ids_TK.shape[1] * (exponents_TK * logs_TK).softmax(dim=-1)
     return weights_TK[:, :chosen]
+
+
+LEARNED = {"one": near_one, "tempered": tempered}
+"""The weightings that start at 1, with a learned `correction`."""
 
 
 def squared_variation(values_E: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,8 @@ from moesaic.training.config import OptimizerConfig
 Named = list[tuple[str, nn.Parameter]]
 
 _ROUTER_PARTS = ("gate_network", "weight_noise", "router", "mlp.gate.", "block_sparse_moe.gate.")
+_WEIGHS = ("gate.correction", "gate.scale")
+"""Parameters of a router that weigh the chosen experts only; it was fitted where it has them."""
 
 
 def decays(name: str, parameter: torch.Tensor) -> bool:
@@ -26,8 +28,7 @@ def decays(name: str, parameter: torch.Tensor) -> bool:
 
 def is_router(name: str) -> bool:
     """Say whether a parameter decides which experts are chosen, by its name."""
-    weighs = name.endswith(("gate.correction", "gate.scale"))  # the chosen ones only
-    return not weighs and any(part in name for part in _ROUTER_PARTS)
+    return not name.endswith(_WEIGHS) and any(part in name for part in _ROUTER_PARTS)
 
 
 def trainable(model: nn.Module) -> Named:
@@ -39,9 +40,7 @@ def router_lr(model: nn.Module, config: OptimizerConfig) -> float:
     """The factor on the learning rate of a model's routers."""
     if config.router_lr is not None:
         return config.router_lr
-    own = getattr(model, "config", None)
-    rule = getattr(own, "gate_weighting", None) or getattr(own, "weighting", None)
-    return 0.1 if rule in ("one", "learned", "tempered") else 1.0
+    return 0.1 if any(name.endswith(_WEIGHS) for name, _ in model.named_parameters()) else 1.0
 
 
 class Optimizer:

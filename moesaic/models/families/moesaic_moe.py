@@ -40,6 +40,8 @@ from moesaic.models.selects import check_selects, selects_of
 _TEXT_ONLY = ("rope_parameters", "rope_scaling", "rope_theta", "layer_types")
 
 Weighting = Literal["softmax", "renormalised", "sigmoid", "one", "learned", "tempered"]
+LEARNED = {"learned": near_one, "tempered": tempered}
+"""The weightings that start at 1, with a learned `scale`."""
 
 
 class MoesaicMoeConfig(PreTrainedConfig):
@@ -149,8 +151,7 @@ class MoesaicRouter(Router):
         # named parameters only where the config asks for them, so that files hold no idle tensors
         zeros = torch.zeros(config.num_experts)
         self.bias = nn.Parameter(zeros.clone()) if config.router_bias else None
-        corrected = config.weighting in ("learned", "tempered")
-        self.scale = nn.Parameter(zeros.clone()) if corrected else None
+        self.scale = nn.Parameter(zeros.clone()) if config.weighting in LEARNED else None
         self.layer = layer
 
     def score(self, x_TD: torch.Tensor) -> torch.Tensor:
@@ -169,13 +170,12 @@ class MoesaicRouter(Router):
         elif self.weighting == "one":
             weights_TK = torch.ones_like(weights_TK)
         elif self.scale is not None:
-            rule = near_one if self.weighting == "learned" else tempered
-            weights_TK = rule(logits_TE, self.scale, ids_TK)
+            weights_TK = LEARNED[self.weighting](logits_TE, self.scale, ids_TK)
         return weights_TK, ids_TK
 
     def scheme(self) -> Scheme | str:
         """What `choose` does, for `kernels.fuse_routers`, or why it is not fused."""
-        if self.weighting in ("one", "learned", "tempered"):
+        if self.weighting in ("one", *LEARNED):
             return f"its weighting is '{self.weighting}'"
         if self.weighting == "sigmoid":
             return Scheme(self.top_k, "sigmoid")
