@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,8 @@ import numpy as np
 from moesaic.core.console import note
 from moesaic.core.errors import UserError
 from moesaic.data.chat import IGNORED, Conversation, chat_template, encode
-from moesaic.data.packing import Block, EndOfData
+from moesaic.data.packing import Block, ShuffledDomain
 from moesaic.data.segments import first_fit, pack
-from moesaic.data.shuffle import Permutation, key
 from moesaic.data.sources import Data, Source, conversations_of
 from moesaic.data.tokens import TokenDomain, cached_tokens, tokenizer_fingerprint
 
@@ -69,7 +68,7 @@ def _encoded(source: Source, tokenizer: Any, name: str) -> Iterator[list[int]]:
             yield [~i if label == IGNORED else i for i, label in zip(ids, labels, strict=True)]
 
 
-class ConversationDomain:
+class ConversationDomain(ShuffledDomain):
     """The endless (or `max_epochs` long) sequence of rows of one domain's conversations.
 
     Conversations longer than `block` are left out, with a note that says how many.
@@ -78,14 +77,17 @@ class ConversationDomain:
     def __init__(
         self, domain: TokenDomain, *, block: int, seed: int, max_epochs: float | None = None
     ) -> None:
-        self.domain = domain
-        self.block = block
-        self.seed = seed
-        self.max_epochs = max_epochs
-        self.opened = 0
         self._lengths = np.diff(domain.offsets)
         self._kept = np.flatnonzero(self._lengths <= block)
-        self._order = (-1, Permutation(1, 0))
+        super().__init__(
+            domain,
+            block=block,
+            seed=seed,
+            max_epochs=max_epochs,
+            count=len(self._kept),
+            unit="conversations",
+            material="conversations",
+        )
         long = len(domain) - len(self._kept)
         if not len(self._kept):
             raise UserError(
@@ -107,7 +109,7 @@ class ConversationDomain:
     @property
     def epochs(self) -> float:
         """Passes over the domain so far."""
-        return self.opened / len(self._kept)
+        return self.opened / self.count
 
     def take(self) -> Block:
         """Return the next row. Raises EndOfData past `max_epochs`."""
@@ -126,36 +128,12 @@ class ConversationDomain:
         """Go on by one row without reading it."""
         self._advance()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the cursor as JSON."""
-        return {
-            "documents": len(self.domain),
-            "tokens": self.domain.tokens,
-            "opened": self.opened,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go to the place that `state` names. Raises UserError when it does not fit this domain."""
-        known = (state["documents"], state["tokens"])
-        if known != (len(self.domain), self.domain.tokens):
-            raise UserError(
-                f"the saved position in the domain '{self.domain.name}' is one among "
-                f"{known[0]} conversations of {known[1]} tokens, but the data has "
-                f"{len(self.domain)} of {self.domain.tokens}. Resume with the data the run began "
-                "with."
-            )
-        self.opened = int(state["opened"])
-
     def _advance(self) -> tuple[int, int]:
         """Go on by a row and return the running numbers [first, last) of its conversations."""
-        limit = None if self.max_epochs is None else round(self.max_epochs * len(self._kept))
+        limit = self._limit
         first = last = self.opened
         if limit is not None and first >= limit:
-            raise EndOfData(
-                f"the domain '{self.domain.name}' has been read {self.max_epochs:g} times, which "
-                "is max_epochs. Add conversations, lower its weight, train on fewer tokens or "
-                "raise max_epochs."
-            )
+            raise self._end()
         room = self.block
         while (limit is None or last < limit) and self._lengths[self._index(last)] <= room:
             room -= int(self._lengths[self._index(last)])
@@ -164,11 +142,7 @@ class ConversationDomain:
         return first, last
 
     def _index(self, k: int) -> int:
-        epoch, place = divmod(k, len(self._kept))
-        if self._order[0] != epoch:
-            order = Permutation(len(self._kept), key(self.seed, self.domain.name, epoch))
-            self._order = (epoch, order)
-        return int(self._kept[self._order[1][place]])
+        return int(self._kept[self._place(k)])
 
     def _read(self, k: int) -> Conversation:
         kept_T = self.domain.document(self._index(k))

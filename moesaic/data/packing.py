@@ -23,6 +23,9 @@ from moesaic.core.errors import UserError
 from moesaic.data.shuffle import Permutation, key
 from moesaic.data.tokens import TokenDomain
 
+_REMEMBERED = 256
+"""Places that are not worked out again; more than lanes are open at a time."""
+
 
 class EndOfData(UserError):
     """A domain has been read as often as `max_epochs` allows."""
@@ -53,7 +56,76 @@ class _Piece:
     stop: int
 
 
-class PackedDomain:
+class ShuffledDomain:
+    """A domain's documents in an order that is new every epoch, and how far they have been opened.
+
+    `count` of them are read; `unit` is what they are called.
+    """
+
+    def __init__(
+        self,
+        domain: TokenDomain,
+        *,
+        block: int,
+        seed: int,
+        max_epochs: float | None,
+        count: int,
+        unit: str = "documents",
+        material: str = "text",
+    ) -> None:
+        self.domain = domain
+        self.block = block
+        self.seed = seed
+        self.max_epochs = max_epochs
+        self.opened = 0
+        self.count, self.unit, self.material = count, unit, material
+        self._indices: dict[int, int] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the cursor as JSON."""
+        return {
+            "documents": len(self.domain),
+            "tokens": self.domain.tokens,
+            "opened": self.opened,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to the place that `state` names. Raises UserError when it does not fit this domain."""
+        if (state["documents"], state["tokens"]) != (len(self.domain), self.domain.tokens):
+            raise self._misfit(state)
+        self.opened = int(state["opened"])
+
+    @property
+    def _limit(self) -> int | None:
+        """How many may be opened in all."""
+        return None if self.max_epochs is None else round(self.max_epochs * self.count)
+
+    def _place(self, k: int) -> int:
+        """Where the k-th one opened is, in range(count)."""
+        if k not in self._indices:
+            epoch, place = divmod(k, self.count)
+            order = Permutation(self.count, key(self.seed, self.domain.name, epoch))
+            if len(self._indices) > _REMEMBERED:
+                self._indices.clear()
+            self._indices[k] = order[place]
+        return self._indices[k]
+
+    def _end(self) -> EndOfData:
+        return EndOfData(
+            f"the domain '{self.domain.name}' has been read {self.max_epochs:g} times, which is "
+            f"max_epochs. Add {self.material}, lower its weight, train on fewer tokens or raise "
+            "max_epochs."
+        )
+
+    def _misfit(self, state: Mapping[str, Any]) -> UserError:
+        return UserError(
+            f"the saved position in the domain '{self.domain.name}' is one among "
+            f"{state['documents']} {self.unit} of {state['tokens']} tokens, but the data has "
+            f"{len(self.domain)} of {self.domain.tokens}. Resume with the data the run began with."
+        )
+
+
+class PackedDomain(ShuffledDomain):
     """The endless (or `max_epochs` long) sequence of blocks of one domain."""
 
     def __init__(
@@ -69,20 +141,15 @@ class PackedDomain:
             raise UserError(
                 f"the domain '{domain.name}' holds no token. Give it text, or leave it out."
             )
-        self.domain = domain
-        self.block = block
-        self.seed = seed
-        self.max_epochs = max_epochs
+        super().__init__(domain, block=block, seed=seed, max_epochs=max_epochs, count=len(domain))
         # Few documents: few lanes, or all of them would be open at once and none be finished.
         lanes = max(1, min(lanes, len(domain) // 4))
         self.blocks = 0
-        self.opened = 0
         self.lanes: list[list[int]] = [[-1, 0] for _ in range(lanes)]
         front = [] if domain.bos is None else [domain.bos]
         back = [] if domain.eos is None or domain.eos == domain.bos else [domain.eos]
         self._front = np.array(front, dtype=np.int64)
         self._back = np.array(back, dtype=np.int64)
-        self._indices: dict[int, int] = {}
 
     @property
     def epoch_tokens(self) -> int:
@@ -109,33 +176,23 @@ class PackedDomain:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the cursor as JSON."""
-        return {
-            "documents": len(self.domain),
-            "tokens": self.domain.tokens,
-            "blocks": self.blocks,
-            "opened": self.opened,
-            "lanes": [list(lane) for lane in self.lanes],
-        }
+        lanes = [list(lane) for lane in self.lanes]
+        return super().state_dict() | {"blocks": self.blocks, "lanes": lanes}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to the place that `state` names. Raises UserError when it does not fit this domain."""
         lanes: Sequence[Sequence[int]] = state["lanes"]
-        known = (state["documents"], state["tokens"], len(lanes))
-        if known != (len(self.domain), self.domain.tokens, len(self.lanes)):
-            raise UserError(
-                f"the saved position in the domain '{self.domain.name}' is one among "
-                f"{known[0]} documents of {known[1]} tokens, but the data has {len(self.domain)} "
-                f"of {self.domain.tokens}. Resume with the data the run began with."
-            )
+        if len(lanes) != len(self.lanes):
+            raise self._misfit(state)
+        super().load_state_dict(state)
         self.blocks = int(state["blocks"])
-        self.opened = int(state["opened"])
         self.lanes = [[int(k), int(used)] for k, used in lanes]
 
     def _advance(self) -> list[_Piece]:
         lanes = [list(lane) for lane in self.lanes]
         opened = self.opened
         own = lanes[self.blocks % len(lanes)]
-        limit = None if self.max_epochs is None else round(self.max_epochs * len(self.domain))
+        limit = self._limit
         pieces: list[_Piece] = []
         missing = self.block
         while missing:
@@ -151,30 +208,15 @@ class PackedDomain:
                     own[:], oldest[:] = oldest[:], [-1, 0]
                 continue
             size = min(missing, self._length(own[0]) - own[1])
-            pieces.append(_Piece(self._index(own[0]), own[1], own[1] + size))
+            pieces.append(_Piece(self._place(own[0]), own[1], own[1] + size))
             own[1] += size
             missing -= size
         self.lanes, self.opened = lanes, opened
         self.blocks += 1
         return pieces
 
-    def _end(self) -> EndOfData:
-        return EndOfData(
-            f"the domain '{self.domain.name}' has been read {self.max_epochs:g} times, which is "
-            "max_epochs. Add text, lower its weight, train on fewer tokens or raise max_epochs."
-        )
-
-    def _index(self, k: int) -> int:
-        if k not in self._indices:
-            epoch, place = divmod(k, len(self.domain))
-            order = Permutation(len(self.domain), key(self.seed, self.domain.name, epoch))
-            if len(self._indices) > 4 * len(self.lanes):
-                self._indices.clear()
-            self._indices[k] = order[place]
-        return self._indices[k]
-
     def _length(self, k: int) -> int:
-        return self.domain.length(self._index(k)) + len(self._front) + len(self._back)
+        return self.domain.length(self._place(k)) + len(self._front) + len(self._back)
 
     def _read(self, piece: _Piece) -> np.ndarray:
         """Read only the piece: a document may be a whole book, or a whole file."""
