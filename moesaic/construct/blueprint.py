@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from moesaic.construct.dense import DenseModel
 from moesaic.construct.router import RouterInit
 from moesaic.construct.split import NeuronSplit
+from moesaic.models.gates import start_at_one
 from moesaic.models.selects import Selects, selects_of
 from moesaic.models.writer import Planned
 
@@ -128,8 +129,10 @@ class Blueprint:
         if self.config.get("gate_add_noise", True):
             noise = torch.zeros(self.split.num_experts, self.dense.hidden)
             tensors[f"{start}gate.weight_noise.weight"] = noise
-        if self.config.get("gate_weighting", "scores") != "scores":
-            tensors[f"{start}gate.correction"] = torch.zeros(self.split.num_experts)
+        weighting = self.config.get("gate_weighting", "scores")
+        if weighting != "scores":
+            correction = start_at_one(weighting, self.split.num_experts).detach()
+            tensors[f"{start}gate.correction"] = correction
         shared = self.router.shared[layer]
         if shared is not None:
             block = self.blocks(layer)[1][0]

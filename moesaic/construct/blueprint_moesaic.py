@@ -21,6 +21,7 @@ from moesaic.construct.dense import DenseModel
 from moesaic.construct.router import RouterInit
 from moesaic.construct.split import NeuronSplit
 from moesaic.core.errors import UserError
+from moesaic.models.gates import start_at_one
 from moesaic.models.selects import Selects, selects_of
 
 # Fields of the dense config.json that belong to a file, not to a model.
@@ -50,8 +51,9 @@ class BlueprintMoesaic(Blueprint):
 
         start = f"{self.prefix}layers.{layer}.mlp.gate."
         weights = self.router.layers[layer]
-        if self.config["weighting"] in LEARNED:
-            weights = {**weights, "scale": torch.zeros(self.split.num_experts)}
+        weighting, experts = self.config["weighting"], self.split.num_experts
+        if weighting in LEARNED:
+            weights = {**weights, "scale": start_at_one(weighting, experts).detach()}
         return {f"{start}{name}": tensor.to(self.experts_dtype) for name, tensor in weights.items()}
 
     def sizes(self) -> dict[str, Any]:

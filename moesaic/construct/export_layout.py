@@ -140,8 +140,10 @@ def _cure(job: Relayout) -> str:
             "The weights of chosen experts are 1, which no stock router gives exactly; "
             "allow more with --tolerance."
         )
-    if job.dtype == "keep" and any(math.log2(job.fold(i)) % 1 for i in range(job.view.layers)):
-        return "Factors in down projections were rounded: use --dtype float32, or --tolerance."
+    layers = range(job.view.layers)
+    factors = [*map(job.fold, layers), *map(job.steepness, layers)]
+    if job.dtype == "keep" and any(math.log2(factor) % 1 for factor in factors):
+        return "Factors in weights were rounded: use --dtype float32, or --tolerance."
     return "Allow more with --tolerance."
 
 
@@ -155,17 +157,22 @@ def _layer_difference(job: Relayout, layer: int) -> tuple[float, float]:
     x_TD = fixed_tokens(int(view.text["hidden_size"]))
     act = ACT2FN[view.text.get("hidden_activation") or view.text["hidden_act"]]
     sums = []
-    for rule, factor, router, names, read in (
-        (view.rule, view.factors[layer], view.router_name(), view.names, job.read),
+    exponent, own, weigh = 1.0, view.rule, view.factors[layer]
+    if job.exponents:  # K times a softmax over the chosen ones
+        exponent, own, weigh = job.exponents[layer], "renormalised", weigh * view.top_k
+    for rule, factor, steepness, router, names, read in (
+        (own, weigh, exponent, view.router_name(), view.names, job.read),
         (
             job.rule,
             job.global_factor or 1.0,
+            1.0,
             layout.router,
             lambda _, expert: layout.names(expert),
             made.__getitem__,
         ),
     ):
-        weights_TE = _weights(x_TD @ read(f"{start}{router}").float().T, rule, view.top_k)
+        logits_TE = steepness * (x_TD @ read(f"{start}{router}").float().T)
+        weights_TE = _weights(logits_TE, rule, view.top_k)
         y_TD = torch.zeros_like(x_TD)
         for expert in range(view.experts):
             parts = FeedForward(*(read(f"{start}{name}") for name in names(layer, expert)))

@@ -42,6 +42,8 @@ class MixtureView:
     shared_factor: float = 1.0
     """Factor on the always-on part."""
     router_bias: bool = False
+    tempered: bool = False
+    """Of the rule "one": when trained, a softmax of the logits times an exponent."""
     obstacles: tuple[str, ...] = field(default=())
     """What no stock layout has."""
 
@@ -134,6 +136,7 @@ def _moesaic(own: Any, obstacles: list[str]) -> MixtureView:
         rule="one" if own.weighting in LEARNED else own.weighting,
         factors=tuple(own.scaling_of(i) for i in range(text["num_hidden_layers"])),
         router_bias=own.router_bias,
+        tempered=own.weighting == "tempered",
         obstacles=tuple(obstacles),
     )
 
@@ -201,6 +204,7 @@ def _llama_moe(own: Any, text: dict[str, Any], obstacles: list[str]) -> MixtureV
         factors=tuple(float(factor) for factor in factors),
         shared_factor=float(own.score_scale_factor_residual) if scaled else 1.0,
         router_bias=bool(getattr(own, "gate_bias", False)),
+        tempered=getattr(own, "gate_weighting", "scores") == "tempered",
         obstacles=tuple(obstacles),
     )
 

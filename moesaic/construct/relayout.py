@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -52,14 +53,34 @@ class Relayout:
     layout: Layout
     dtype: Dtype
 
+    @cached_property
+    def learned(self) -> list[torch.Tensor]:
+        """[layer] what weights that started at 1 have learned; empty: nothing."""
+        if self.view.rule != "one":
+            return []
+        end = self.view.correction_name()
+        names = [f"model.layers.{layer}.{end}" for layer in range(self.view.layers)]
+        found = [self.read(name).float() for name in names if name in self.checkpoint]
+        return found if any(bool(tensor.any()) for tensor in found) else []
+
+    @cached_property
+    def exponents(self) -> list[float]:
+        """[layer] the trained exponent of a tempered mixture's weights (`gates.tempered`); or empty.
+
+        A router scaled by it, of a layout that renormalises, gives the weights over K.
+        """
+        return [10 * float(tensor[0]) for tensor in self.learned] if self.view.tempered else []
+
     @property
     def flattened(self) -> bool:
         """Whether weights of 1 are approached by a flat router."""
-        return self.view.rule == "one"
+        return self.view.rule == "one" and not self.learned
 
     @property
     def rule(self) -> Rule:
         """The rule that the exported routers follow."""
+        if self.exponents:
+            return "renormalised"
         return self.layout.rules[0] if self.flattened else self.view.rule
 
     @property
@@ -75,7 +96,13 @@ class Relayout:
     def factor(self, layer: int) -> float:
         """What the exported chosen experts' weights must be multiplied with."""
         ones = {"renormalised": self.view.top_k, "softmax": self.view.experts, "sigmoid": 2}
-        return self.view.factors[layer] * (ones[self.rule] if self.flattened else 1)
+        return self.view.factors[layer] * (ones[self.rule] if self.view.rule == "one" else 1)
+
+    def steepness(self, layer: int) -> float:
+        """The factor that goes into the router."""
+        if self.exponents:
+            return self.exponents[layer] or FLATTEN
+        return FLATTEN if self.flattened else 1.0
 
     @property
     def global_factor(self) -> float | None:
@@ -90,17 +117,25 @@ class Relayout:
     def check(self) -> None:
         """Raise UserError unless the layout can carry the mixture."""
         reasons = obstacles(self.view, self.layout)
-        for layer in range(self.view.layers if self.flattened else 0):
-            name = f"model.layers.{layer}.{self.view.correction_name()}"
-            if name in self.checkpoint and bool(self.read(name).any()):
-                reasons.append("its weights of chosen experts were trained away from 1")
-                break
+        if self.learned and (why := self._no_place()) is not None:
+            reasons.append(f"its weights of chosen experts were trained away from 1{why}")
         if reasons:
             raise UserError(
                 f"{self.checkpoint.path} cannot be written as {self.layout.model_type}: "
                 f"{'; '.join(reasons)}. Choose another layout, or keep our own class."
             )
         shape_check(self.checkpoint, self.view, "model.")
+
+    def _no_place(self) -> str | None:
+        """Why the layout has no place for what the weights have learned; None: it has."""
+        below = [layer for layer, exponent in enumerate(self.exponents) if exponent < 0]
+        if not self.exponents:
+            return ""
+        if "renormalised" not in self.layout.rules:
+            return f", and {self.layout.architecture} does not renormalise"
+        if self.view.top_k == 1:
+            return ", and one chosen expert always weighs 1 there"
+        return f": layer {below[0]} weighs the expert it prefers least" if below else None
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor. Raises UserError for NaN."""
@@ -159,7 +194,7 @@ class Relayout:
             yield to_gate, get(gate)
             yield to_up, get(up)
             yield to_down, get(down, self.fold(layer))
-        router = get(view.router_name(), FLATTEN if self.flattened else 1.0)
+        router = get(view.router_name(), self.steepness(layer))
         yield f"{start}{layout.router}", router
         if self.shared_width:
             behind = 2.0 if layout.shared == "sigmoid" else 1.0  # sigmoid(0) is one half

@@ -50,7 +50,7 @@ class Gate(nn.Module):
     `network=None` builds a gate without parameters. "mlp" is D -> E, tanh, E -> E; "linear" is D ->
     E; "glu" is one gated neuron an expert, |silu(gate x) * (up x)| (CMoE's). Only "linear" has a
     bias, and only when asked for. `weighting="one"` (`near_one`) and "tempered" (`tempered`) weigh
-    every chosen expert by 1 until a learned vector (`correction`) leaves zero.
+    every chosen expert by 1 until what is learned (`correction`) leaves zero.
     """
 
     is_moe_router = True  # how `moesaic.recording` knows it
@@ -99,7 +99,7 @@ class Gate(nn.Module):
         else:
             raise unknown("gate network", str(network), ("mlp", "linear", "glu"))
         self.weighting = weighting
-        self.correction = nn.Parameter(torch.zeros(num_experts)) if weighting in LEARNED else None
+        self.correction = start_at_one(weighting, num_experts) if weighting in LEARNED else None
 
     def forward(
         self, x_TD: torch.Tensor, valid_T: torch.Tensor | None = None, statistics: bool = True
@@ -414,27 +414,34 @@ def near_one(
 
 
 def tempered(
-    logits_TE: torch.Tensor, correction_E: torch.Tensor, ids_TK: torch.Tensor
+    logits_TE: torch.Tensor, correction_1: torch.Tensor, ids_TK: torch.Tensor
 ) -> torch.Tensor:
-    """Weights of the chosen experts, [T, K], of mean 1: K * softmax over them of 10 u_e log p_e.
+    """Weights of the chosen experts, [T, K], of mean 1: K times the softmax of 10 u of their logits.
 
-    p is the softmax of their logits. u is learned: at zero all weights are 1, at 0.1 they are
-    K * p, the usual ones. u moves first, then the router, whose gradient u is a factor of. One
-    chosen expert is weighed beside the next best. (Ten, as Adam moves every number by about the
-    learning rate: too slow for an exponent.)
+    u is learned, one number a layer: at zero all weights are 1, at 0.1 they are K times the usual
+    ones. u moves first, then the router, whose gradient u is a factor of. One chosen expert is
+    weighed beside the next best. (Ten, as Adam moves every number by about the learning rate: too
+    slow for an exponent. One number, as then a router scaled by 10 u gives the same weights in any
+    model that renormalises; one for each expert was not better.)
     """
     chosen = ids_TK.shape[1]
     if chosen == 1 and logits_TE.shape[1] > 1:
         others_TE = logits_TE.detach().scatter(1, ids_TK, float("-inf"))
         ids_TK = torch.cat([ids_TK, others_TE.argmax(dim=1, keepdim=True)], dim=1)
-    logs_TK = logits_TE.float().gather(1, ids_TK).log_softmax(dim=-1)
-    exponents_TK = (10.0 * correction_E.float()).expand_as(logits_TE).gather(1, ids_TK)
-    weights_TK = ids_TK.shape[1] * (exponents_TK * logs_TK).softmax(dim=-1)
+    kept_TK = logits_TE.float().gather(1, ids_TK)
+    # Below the best one's, or u's gradient would be a small difference of large numbers.
+    kept_TK = kept_TK - kept_TK.detach().amax(dim=1, keepdim=True)
+    weights_TK = ids_TK.shape[1] * (10.0 * correction_1.float() * kept_TK).softmax(dim=-1)
     return weights_TK[:, :chosen]
 
 
 LEARNED = {"one": near_one, "tempered": tempered}
 """The weightings that start at 1, with a learned `correction`."""
+
+
+def start_at_one(weighting: str, experts: int) -> nn.Parameter:
+    """What such a weighting learns, zero at first: a number for each expert, or one (tempered)."""
+    return nn.Parameter(torch.zeros(1 if weighting == "tempered" else experts))
 
 
 def squared_variation(values_E: torch.Tensor) -> torch.Tensor:

@@ -146,24 +146,67 @@ def test_weights_of_one_are_approached(layout: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("kind", "layout"), [("llama", "mixtral"), ("qwen3", "qwen3_moe")])
-def test_a_construction_without_an_intercept_goes_to_a_stock_layout(
+def test_a_construction_goes_to_a_stock_layout_but_for_an_intercept(
     kind: str, layout: str, tmp_path: Path
 ) -> None:
     dense = write_family(tmp_path / "dense", kind, **({"head_dim": 8} if kind == "llama" else {}))
     write_text_tokenizer(dense)
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over a lazy dog. " * 60)
-    router: Any = {"method": "energy"}
+    biased: Any = {"method": "energy", "intercept": True}
     fields: Any = {"experts": 4, "data": str(text), "tokens": 1024, "context": 32}
-    moe = construct(dense, out=tmp_path / "biased", recipe={**fields, "router": router})
+    moe = construct(dense, out=tmp_path / "biased", recipe={**fields, "router": biased})
     with pytest.raises(UserError, match="intercept: false"):
         export_layout(moe, out=tmp_path / "out", layout=layout, tolerance=0.1)
-    recipe = {**fields, "router": router | {"intercept": False}, "refine": "layerwise"}
-    moe = construct(dense, out=tmp_path / "moe", recipe=recipe)
+    moe = construct(dense, out=tmp_path / "moe", recipe={**fields, "refine": "layerwise"})
     out = export_layout(moe, out=tmp_path / "out", layout=layout, tolerance=2e-2)
     with torch.inference_mode():
         given = stock(out)(IDS).logits
     torch.testing.assert_close(given, ours(moe), atol=5e-2, rtol=0)
+    learn_exponents(moe, [0.07, 0.2, 0.0])  # a layer that has learned nothing is still approached
+    with pytest.raises(UserError, match="tolerance"):
+        export_layout(moe, out=tmp_path / "exact", layout=layout, tolerance=1e-7)
+    learn_exponents(moe, [0.07, 0.2, 0.013])
+    out = export_layout(moe, out=tmp_path / "exact", layout=layout)
+    with torch.inference_mode():
+        given = stock(out)(IDS).logits
+    wanted = ours(moe)
+    torch.testing.assert_close(given, wanted, atol=1e-4, rtol=0)
+    learn_exponents(moe, [0.0, 0.0, 0.0])
+    assert float((ours(moe) - wanted).abs().max()) > 1e-3
+
+
+def learn_exponents(moe: Path, values: list[float]) -> None:
+    """Write what training may make of a tempered mixture's exponents."""
+    from safetensors.torch import load_file, save_file
+
+    file = moe / "model.safetensors"
+    tensors = load_file(file)
+    names = sorted(n for n in tensors if n.endswith(("mlp.gate.scale", "mlp.gate.correction")))
+    assert len(names) == len(values)
+    tensors |= {n: torch.full_like(tensors[n], v) for n, v in zip(names, values, strict=True)}
+    save_file(tensors, file)
+
+
+@pytest.mark.parametrize(
+    ("top_k", "values", "said"),
+    [
+        (2, [0.1, -0.1, 0.1], "layer 1 weighs the expert it prefers least"),
+        (1, [0.1, 0.1, 0.1], "one chosen expert always weighs 1"),
+    ],
+)
+def test_exponents_that_no_stock_router_has(
+    top_k: int, values: list[float], said: str, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    moe = source(tmp_path, "qwen3", top_k=top_k)
+    edit_config(moe, weighting="tempered")
+    zeros = {f"model.layers.{layer}.mlp.gate.scale": torch.zeros(1) for layer in range(3)}
+    save_file(load_file(moe / "model.safetensors") | zeros, moe / "model.safetensors")
+    learn_exponents(moe, values)
+    with pytest.raises(UserError, match=said):
+        export_layout(moe, out=tmp_path / "out", layout="qwen3_moe", tolerance=0.5)
 
 
 def test_rounded_factors_are_refused_unless_asked_for(tmp_path: Path) -> None:
@@ -221,12 +264,11 @@ def test_reasons_name_the_part(tmp_path: Path) -> None:
         supports({"model_type": "gpt2"}, "mixtral")
 
 
-@pytest.mark.parametrize("weighting", ["learned", "tempered"])
-def test_trained_corrections_and_damage_are_found(weighting: str, tmp_path: Path) -> None:
+def test_trained_corrections_and_damage_are_found(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     moe = source(tmp_path, "qwen3")
-    edit_config(moe, weighting=weighting)
+    edit_config(moe, weighting="learned")
     file = moe / "model.safetensors"
     tensors = load_file(file)
     for layer in range(3):

@@ -273,7 +273,8 @@ def test_tempered_weights_are_one_then_a_softmax_then_the_best_alone(chosen):
         gate.correction.data.fill_(exponent / 10)
         wanted_TK = compared * (exponent * kept_TK).softmax(-1)[:, :chosen]
         torch.testing.assert_close(gate(x_TD).weights, wanted_TK)
-    gate.correction.data.copy_(torch.tensor([0.1, -0.2, 0.0, 0.3, 0.1]))
+    assert gate.correction.shape == (1,)
+    gate.correction.data.fill_(-0.2)
     gate(x_TD).weights.square().sum().backward()
     assert all(bool(p.grad.any()) for p in (gate.correction, gate.gate_network.weight))
 

@@ -32,6 +32,8 @@ def meaning(mlp: Any, x_TD: torch.Tensor) -> torch.Tensor:
     for token, x_D in enumerate(x_TD):
         logits_E = gate.weight @ x_D + (0 if gate.bias is None else gate.bias)
         probs_E = logits_E.softmax(0)
+        scale_E = torch.zeros(()) if gate.scale is None else gate.scale
+        scale_E = scale_E.expand(len(probs_E))
         chosen = logits_E.topk(gate.top_k).indices.tolist()
         total = sum(float(probs_E[e]) for e in chosen)
         for e in chosen:
@@ -40,8 +42,8 @@ def meaning(mlp: Any, x_TD: torch.Tensor) -> torch.Tensor:
                 "renormalised": probs_E[e] / total,
                 "sigmoid": logits_E[e].sigmoid(),
                 "one": torch.ones(()),
-                "learned": 1 + (0 if gate.scale is None else gate.scale[e]) * probs_E[e],
-                "tempered": _tempered(gate.scale, logits_E, chosen, e),
+                "learned": 1 + scale_E[e] * probs_E[e],
+                "tempered": _tempered(10 * scale_E[0], logits_E, chosen, e),
             }[gate.weighting]
             rows_ID, up_ID = mlp.experts.gate_up_proj[e].chunk(2)
             h_I = mlp.act_fn(rows_ID @ x_D) * (up_ID @ x_D)
@@ -49,12 +51,11 @@ def meaning(mlp: Any, x_TD: torch.Tensor) -> torch.Tensor:
     return y_TD + mlp.shared_experts(x_TD)
 
 
-def _tempered(scale_E: Any, logits_E: torch.Tensor, chosen: list[int], e: int) -> torch.Tensor:
-    """K p_e^(10 u_e) / sum_k p_k^(10 u_k), p the chosen experts' softmax."""
-    if scale_E is None:
-        return torch.ones(())
-    ids_K = torch.tensor(chosen)
-    powers_K = (10 * scale_E[ids_K] * logits_E[ids_K].log_softmax(0)).exp()
+def _tempered(
+    power: torch.Tensor, logits_E: torch.Tensor, chosen: list[int], e: int
+) -> torch.Tensor:
+    """K p_e^power / sum_k p_k^power, p the chosen experts' softmax."""
+    powers_K = logits_E[torch.tensor(chosen)].softmax(0) ** power
     return len(chosen) * powers_K[chosen.index(e)] / powers_K.sum()
 
 

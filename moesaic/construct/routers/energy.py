@@ -13,12 +13,13 @@ from moesaic.construct.routers import ROUTERS
 
 @ROUTERS.register
 class Energy(CalibratedRouter):
-    """Predict the log output energy of every expert by ridge regression, with an intercept.
+    """Predict the log output energy of every expert by ridge regression.
 
-    The strength is chosen on held-back tokens. Works for any split, an imported one too.
+    The strength is chosen on held-back tokens. Works for any split, an imported one too. Behind a
+    norm the inputs predict a constant well and stand in for an intercept.
     """
 
-    intercept: bool = True
+    intercept: bool = False
     """Whether routers have a bias, which the stock layouts of `moesaic export` have no room for."""
 
     def fit_layer(self, view: LayerView, experts: Sequence[Ids]) -> dict[str, torch.Tensor]:

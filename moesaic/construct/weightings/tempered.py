@@ -10,5 +10,6 @@ from moesaic.construct.weightings import WEIGHTINGS
 class Tempered(StartingAtOne):
     """Weight 1 at conversion; in training K times a softmax whose temperature is learned.
 
-    Each expert's exponent leaves zero (`gates.tempered`).
+    A layer's exponent leaves zero (`gates.tempered`). After that, stock layouts that renormalise
+    hold the mixture exactly.
     """

@@ -30,7 +30,7 @@ from moesaic.kernels.router import Scheme
 from moesaic.models.balance import layer_balance, pooled_balance
 from moesaic.models.decoder import Decision, DenseMLP, Experts, Router
 from moesaic.models.family import Family
-from moesaic.models.gates import near_one, tempered
+from moesaic.models.gates import near_one, start_at_one, tempered
 from moesaic.models.layouts import qwen_layout
 from moesaic.models.padding import share_of_step, valid_tokens
 from moesaic.models.pretrained import PreTrainedMoE
@@ -70,7 +70,8 @@ class MoesaicMoeConfig(PreTrainedConfig):
     """What the K chosen experts' outputs are multiplied with, before `routed_scaling_factor`.
 
     softmax: their probabilities among all E; renormalised: those divided by their sum; sigmoid: of
-    their logits; one: 1; learned: 1 + u_e * probability, u [E] a weight of the router (0 at first).
+    their logits; one: 1; learned: 1 + u_e * probability, u [E] a weight of the router (0 at
+    first); tempered: K times the softmax of 10 u times the chosen ones' logits, u [1].
     """
     routed_scaling_factor: float | list[float] = 1.0
     """Factor on the chosen experts' sum: one, or one for each layer."""
@@ -149,9 +150,9 @@ class MoesaicRouter(Router):
         self.weighting = config.weighting
         nn.init.normal_(self.weight, std=_std(text))
         # named parameters only where the config asks for them, so that files hold no idle tensors
-        zeros = torch.zeros(config.num_experts)
-        self.bias = nn.Parameter(zeros.clone()) if config.router_bias else None
-        self.scale = nn.Parameter(zeros.clone()) if config.weighting in LEARNED else None
+        learns, experts = config.weighting in LEARNED, config.num_experts
+        self.bias = nn.Parameter(torch.zeros(experts)) if config.router_bias else None
+        self.scale = start_at_one(config.weighting, experts) if learns else None
         self.layer = layer
 
     def score(self, x_TD: torch.Tensor) -> torch.Tensor:
