@@ -90,15 +90,41 @@ what is done about it, or why nothing is; `--dry-run` says it too.
 
 Set `balance.coefficient: 0` and `balance.bias_rate: 0` to train without.
 
+## Distillation
+
+A mixture made of a dense model can go on learning from that model. With
+
+```yaml
+distill:
+  model: runs/dense
+  weight: 0.5
+```
+
+both read the same sequences, and the loss of a token is
+(1 - weight) x cross-entropy + weight x KL(teacher || student), plus the balance loss. The teacher
+tells how likely every token of the vocabulary is, the text only which one came. Held-out
+loss at 4 of 8 experts, 16 M tokens: 2.887 with, 2.913 without (benchmarks/construction.md).
+
+- Any causal language model with the same vocabulary teaches. Another number of logits, or another
+  tokenizer in its directory, is refused before anything is written; `--dry-run` refuses it too.
+- The teacher stays as it is: it is loaded in the precision of the run, never trained and never
+  saved. `train.yaml` and the lineage name its directory, and a run goes on with the same `distill`
+  section only.
+- `loss` in the log and all held-out losses remain cross-entropy, so that runs with and without a
+  teacher compare; `distill_loss` is the KL, unweighted.
+- It costs the teacher's weights in memory, its logits of one forward pass, and its forward pass
+  in time. Of conversations, answers alone are distilled.
+
 ## What the log says
 
 | field of `log.jsonl` | meaning |
 | --- | --- |
 | `loss` | mean cross-entropy of the updates since the last line, nats a token, without the balance loss |
+| `distill_loss` | with a teacher: mean KL(teacher \\|\\| student), nats a token, whatever its weight |
 | `balance_loss` | mean balance loss as it enters the gradient |
 | `grad_norm`, `lr` | mean norm before clipping; rate of the last update |
 | `tokens_per_second` | of this process, while training: evaluating and saving are left out |
-| `mfu` | 6 x active parameters x tokens/s over the device's bf16 peak; null on a CPU |
+| `mfu` | 6 x active parameters x tokens/s over the device's bf16 peak, a teacher's work not counted; null on a CPU |
 | `load_cv`, `load_max` | spread of routed rows over experts: deviation over mean, averaged over layers; the fullest expert over the mean (1 is even), worst layer |
 | `importance_cv`, `importance_max` | the same for sums of routing weights |
 | `weights`, `epochs` | share of the blocks each domain gets now; how often each has been read |

@@ -150,6 +150,16 @@ class BalanceConfig(Config):
     mean, else down; None: 1e-3 for models that have the bias (DeepSeek-V3, GLM-4-MoE); 0: off."""
 
 
+class DistillConfig(Config):
+    """Learn from a frozen model's distribution over the next token, beside the token itself."""
+
+    model: Path
+    """Directory of the teacher, a causal language model with the same vocabulary: the dense model
+    that a mixture was made of."""
+    weight: float = Field(default=0.5, gt=0, le=1)
+    """Share of KL(teacher || student) in the loss, in nats a token; cross-entropy has the rest."""
+
+
 class LogConfig(Config):
     """What is reported while training."""
 
@@ -221,6 +231,8 @@ class TrainConfig(Config):
     """The learning rate over time."""
     balance: BalanceConfig = BalanceConfig()
     """What keeps expert load even."""
+    distill: DistillConfig | None = None
+    """A teacher to learn from too; None: from the data alone."""
     precision: Literal["auto", "fp32", "mixed", "bf16"] = "auto"
     """fp32; `mixed`: fp32 weights, bf16 autocast; `bf16`: bf16 weights, fp32 master copies in the
     optimizer. `auto`: `mixed` on a GPU (on small models the casts cost less than a second copy of

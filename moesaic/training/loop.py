@@ -31,6 +31,7 @@ from moesaic.recipes import find
 from moesaic.training import batches, export, setup, state
 from moesaic.training.balance import choose_balance
 from moesaic.training.config import TrainConfig
+from moesaic.training.distill import empty_teacher, load_teacher
 from moesaic.training.optimizer import Optimizer, router_lr
 from moesaic.training.schedule import Schedule
 from moesaic.training.step import PassOutput, build_pass, run_update
@@ -100,6 +101,7 @@ def plan(config: TrainConfig) -> dict[str, Any]:
     parameters, active = setup.count_parameters(model)
     tokenizer = setup.tokenizer(config)
     setup.check_vocabulary(tokenizer, model)
+    teacher = empty_teacher(config, model, tokenizer)
     setup.routing_watch(config, model)
     stream = setup.open_data(config, tokenizer).stream
     tokens = config.total_steps * config.tokens_per_step
@@ -109,6 +111,7 @@ def plan(config: TrainConfig) -> dict[str, Any]:
         "parameters": parameters,
         "active_parameters": active,
         "balance": str(balance),
+        **_taught(config, teacher),
         "device": str(where),
         "precision": precision,
         "updates": config.total_steps,
@@ -173,6 +176,7 @@ class Run:
         setup.check_vocabulary(self.tokenizer, self.model)
         self.balance = choose_balance(self.model, config.balance)
         self.parameters, self.active = setup.count_parameters(self.model)
+        self.teacher = load_teacher(config, self.model, self.tokenizer, self.device, self.precision)
         self.data = setup.open_data(config, self.tokenizer)
         if config.data.conversations:
             setup.check_apart(self.model)
@@ -181,7 +185,7 @@ class Run:
         self.schedule = Schedule(
             config.schedule, peak=config.optimizer.lr, total=config.total_steps
         )
-        run_pass = build_pass(self.model, self.balance)
+        run_pass = build_pass(self.model, self.balance, self.teacher)
         self.run_pass: Callable[..., PassOutput] = (
             torch.compile(run_pass) if config.compile else run_pass
         )
@@ -298,7 +302,7 @@ class Run:
 
     def _check_finite(self) -> None:
         values = self.window.fetch()
-        for what in ("loss", "grad_norm"):
+        for what in ("loss", "distill_loss", "grad_norm"):
             for step, value in zip(self.window.steps, values.get(what, []), strict=False):
                 if not math.isfinite(value):
                     raise MoesaicError(self._divergence(what, value, step))
@@ -395,9 +399,27 @@ class Run:
         )
         if self.balance.kind is not None:
             note(str(self.balance))
+        if config.distill is not None and self.teacher is not None:
+            found = _taught(config, self.teacher.model)["teacher"]
+            weight = found["weight"]
+            note(
+                f"teacher: {found['architecture']}, {found['parameters']:,} frozen parameters "
+                f"({found['model']}); loss: {1 - weight:g} x cross-entropy + {weight:g} x KL"
+            )
         factor = router_lr(self.model, config.optimizer)
         if factor != (config.optimizer.router_lr or 1.0):
             note(f"routers learn at {factor:g} of the rate: they were fitted (optimizer.router_lr)")
+
+
+def _taught(config: TrainConfig, teacher: Any) -> dict[str, Any]:
+    """What there is to say of a teacher, under one key; nothing where there is none."""
+    if config.distill is None:
+        return {}
+    told = {
+        "architecture": type(teacher).__name__,
+        "parameters": setup.count_parameters(teacher)[0],
+    }
+    return {"teacher": {**config.distill.model_dump(mode="json"), **told}}
 
 
 @contextmanager

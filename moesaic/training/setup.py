@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -74,21 +75,32 @@ def precision(name: Literal["auto", "fp32", "mixed", "bf16"], where: torch.devic
 
 def load_model(config: TrainConfig, where: torch.device, how: Precision) -> PreTrainedModel:
     """Load the model in the type it trains in. Raises UserError where there is none."""
-    # device_map: a device_map.json beside the model is for using it, not for training it
-    options: dict[str, Any] = {"attn_implementation": config.attention, "device_map": None}
-    if config.experts is not None:
-        options["experts_implementation"] = config.experts
-    elif config.kernels is not None:
-        options["experts_implementation"] = config.kernels.implementation
-    dtype = torch.bfloat16 if how == "bf16" else torch.float32
-    model: Any = load(_given(config), dtype=dtype, **options)
-    _check_length(config, model)
-    _check_finite(config, model)
+    model: Any = load(_given(config), **load_options(config, how), **experts_options(config))
+    check_length(config, model)
+    check_finite(_given(config), model)
     if config.gradient_checkpointing:
         recompute_activations(model)
     model = model.to(where)
     configure_kernels(config, model, where, how)
     return model
+
+
+def load_options(config: TrainConfig, how: Precision) -> dict[str, Any]:
+    """Return how every model of the run is loaded, as keywords of `models.load.load`."""
+    return {
+        "dtype": torch.bfloat16 if how == "bf16" else torch.float32,
+        "attn_implementation": config.attention,
+        "device_map": None,  # a device_map.json beside the model is for using it, not for training
+    }
+
+
+def experts_options(config: TrainConfig) -> dict[str, Any]:
+    """Return the experts implementation asked for, if any, as a keyword of `models.load.load`."""
+    if config.experts is not None:
+        return {"experts_implementation": config.experts}
+    if config.kernels is not None:
+        return {"experts_implementation": config.kernels.implementation}
+    return {}
 
 
 def configure_kernels(
@@ -132,7 +144,7 @@ def empty_model(config: TrainConfig) -> PreTrainedModel:
     if source.directory is not None:
         Checkpoint(source.directory)  # its errors name the missing or damaged file
     model = build(source)
-    _check_length(config, model)
+    check_length(config, model)
     return model
 
 
@@ -156,11 +168,12 @@ def _given(config: TrainConfig) -> str:
     return config.model
 
 
-def _check_length(config: TrainConfig, model: PreTrainedModel) -> None:
+def check_length(config: TrainConfig, model: PreTrainedModel, what: str = "the model") -> None:
+    """Raise UserError when the model reads fewer positions than a sequence has."""
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and config.data.block_size > limit:
         raise UserError(
-            f"data.block_size={config.data.block_size} but the model reads at most {limit} "
+            f"data.block_size={config.data.block_size} but {what} reads at most {limit} "
             "positions. Lower data.block_size."
         )
 
@@ -176,7 +189,9 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel)
         )
 
 
-def check_apart(model: PreTrainedModel) -> None:
+def check_apart(
+    model: PreTrainedModel, *, cure: str = "Train another family on conversations"
+) -> None:
     """Raise UserError when a model lets conversations that are packed into one row see each other.
 
     Told from one pass over two: what the second says may not change with the first at all.
@@ -197,15 +212,16 @@ def check_apart(model: PreTrainedModel) -> None:
     if bool(change_BTD[:, :half].any()):
         raise UserError(
             f"{type(model).__name__} does not keep conversations apart that share a row: the "
-            "second of two depends on the first. Train another family on conversations."
+            f"second of two depends on the first. {cure}."
         )
 
 
-def _check_finite(config: TrainConfig, model: PreTrainedModel) -> None:
+def check_finite(given: Path | str, model: PreTrainedModel) -> None:
+    """Raise UserError when a weight of the model, loaded from `given`, is not a number."""
     for name, weight in model.named_parameters():
         if not bool(torch.isfinite(weight).all()):
             raise UserError(
-                f"{config.model}: the weight {name} holds NaN or infinity. Give a sound checkpoint."
+                f"{given}: the weight {name} holds NaN or infinity. Give a sound checkpoint."
             )
 
 

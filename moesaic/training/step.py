@@ -8,14 +8,18 @@
 The update's loss is  sum(cross-entropy) / tokens learned  +  mean over passes of the balance loss.
 Cross-entropy is weighted by tokens over the whole update, and the balance loss is averaged, so
 neither depends on how the sequences are divided into passes (beyond what the balance statistic
-itself sees).
+itself sees). With a teacher of weight w the first term is
+
+    ((1 - w) x sum(cross-entropy)  +  w x sum of KL(teacher || student)) / tokens learned
+
+and both of its parts are reported unweighted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,14 +29,22 @@ from moesaic.models.selects import selects_of
 from moesaic.training.balance import Balance, choose_balance
 from moesaic.training.optimizer import Optimizer
 
+if TYPE_CHECKING:
+    from moesaic.training.distill import Teacher
+
 
 class PassOutput(NamedTuple):
-    """What one forward pass gives: a summed loss, a weighted balance loss, counts per expert."""
+    """What one forward pass gives: a summed loss, a weighted balance loss, counts per expert.
+
+    With a teacher also the summed divergence from it, and the teacher's weight in the loss.
+    """
 
     cross_entropy: torch.Tensor
     balance: torch.Tensor | None
     load_LE: torch.Tensor | None
     importance_LE: torch.Tensor | None
+    divergence: torch.Tensor | None = None
+    weight: float = 0.0
 
 
 class UpdateResult(NamedTuple):
@@ -42,11 +54,13 @@ class UpdateResult(NamedTuple):
     routing: dict[str, torch.Tensor]
 
 
-def build_pass(model: nn.Module, balance: Balance | None = None) -> Callable[..., PassOutput]:
+def build_pass(
+    model: nn.Module, balance: Balance | None = None, teacher: Teacher | None = None
+) -> Callable[..., PassOutput]:
     """Return the function from ids_BT, and position_BT and labels_BT if any, to one pass's outputs;
     torch.compile may take it.
 
-    `balance` None: as the model wants to be balanced by default.
+    `balance` None: as the model wants to be balanced by default. `teacher` None: from data alone.
     """
     balance = balance or choose_balance(model)
     kind, observer = balance.kind, balance.observer
@@ -65,9 +79,12 @@ def build_pass(model: nn.Module, balance: Balance | None = None) -> Callable[...
         # No mask: positions that begin anew are what keeps conversations apart.
         where = {} if position_BT is None else {"position_ids": position_BT}
         outputs = model(input_ids=ids_BT, use_cache=False, **where, **extra)
-        logits_NV = outputs.logits[:, :-1].flatten(0, 1).float()
         learned_BT = ids_BT if labels_BT is None else labels_BT
-        cross_entropy = F.cross_entropy(logits_NV, learned_BT[:, 1:].flatten(), reduction="sum")
+        cross_entropy = F.cross_entropy(
+            outputs.logits[:, :-1].flatten(0, 1).float(),  # not kept: the teacher needs room
+            learned_BT[:, 1:].flatten(),
+            reduction="sum",
+        )
         loss, load, importance = None, None, None
         if kind == "llama_moe":
             loss = outputs.balance_loss
@@ -82,7 +99,11 @@ def build_pass(model: nn.Module, balance: Balance | None = None) -> Callable[...
             load, importance = observed.load_LE, observed.importance_LE
             if kind == "observed" and coefficient > 0:
                 loss = observed.loss * coefficient
-        return PassOutput(cross_entropy, loss, load, importance)
+        found = PassOutput(cross_entropy, loss, load, importance)
+        if teacher is None:
+            return found
+        divergence = teacher.divergence(outputs.logits, ids_BT, position_BT, labels_BT)
+        return found._replace(divergence=divergence, weight=teacher.weight)
 
     return run
 
@@ -132,6 +153,12 @@ def accumulate(
             found = run_pass(*tensors_BT)
         loss = found.cross_entropy / predicted
         _add(values, "loss", loss)
+        if found.divergence is not None:
+            divergence = found.divergence / predicted
+            _add(values, "distill_loss", divergence)
+            # At weight 1 not 0 x cross-entropy, of which a gradient would be computed for nothing.
+            rest = 1.0 - found.weight
+            loss = found.weight * divergence + rest * loss if rest else divergence
         if found.balance is not None:
             # Below zero means "off" in LLaMA-MoE: reported as 0, not trained on.
             share = found.balance.float() / passes

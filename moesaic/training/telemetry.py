@@ -4,11 +4,13 @@ The device is asked for numbers only when a line is written: between lines, resu
 the host runs ahead.
 
     loss        mean cross-entropy of the window's updates, nats a token, without the balance loss
+    distill     mean divergence of the window from the teacher, nats a token, without its weight
     balance     mean balance loss of the window, as it enters the gradient
     load        share of routed rows an expert got; `load_max` is the largest, times E: 1 is even
     importance  the same for the sum of routing weights
     cv          standard deviation over mean, per layer, averaged over layers
-    mfu         6 x active parameters x tokens/s over the device's peak (attention's T^2 left out)
+    mfu         6 x active parameters x tokens/s over the device's peak (attention's T^2 and
+                a teacher's work left out)
 """
 
 from __future__ import annotations
