@@ -105,7 +105,9 @@ def test_experts_that_never_win_are_named(dense, tmp_path):
             layer.mlp.down_proj.weight[:, 36 - 12 * number : 48 - 12 * number] *= 1e-3
 
     path = changed_dense(tmp_path / "weak", weaken)
-    done = construct(dense, tmp_path / "moe", "--set", "split=sequential", model=path)
+    router = "router={method: energy, intercept: true}"
+    sets = ("--set", "split=sequential", "--set", router)
+    done = construct(dense, tmp_path / "moe", *sets, model=path)
     assert done.exit_code == 0, done.stderr
     said = " ".join(done.stderr.split())
     assert "no calibration token chose layer 0 expert 3; layer 1 expert 2." in said
