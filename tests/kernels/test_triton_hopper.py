@@ -58,6 +58,17 @@ def _stack(compiled, tmp_path: Path) -> int:
     return int(re.search(r"STACK:(\d+)", text).group(1))
 
 
+def _first_barrier(ptx: str) -> int:
+    """Where in shared memory the first barrier lies: behind all tiles, or it shares their place.
+
+    It would if nothing waited for it; a GPU that interrupted the kernel then put 32 bytes of
+    barriers into its result.
+    """
+    names = re.findall(r"mbarrier\.init\.shared\S* \[(%r\d+)\]", ptx)
+    places = [re.search(rf"add\.s32\s+{name}, %r\d+, (\d+);", ptx) for name in names]
+    return min(int(place.group(1)) for place in places)
+
+
 @pytest.mark.parametrize("sixteen", [True, False])
 @pytest.mark.parametrize(
     ("name", "activation"),
@@ -102,6 +113,8 @@ def test_products_along_rows_compile_for_hopper(name, activation, sixteen, tmp_p
     assert "cp.async.bulk.tensor" in ptx
     assert ("cp.async.cg" in ptx) == gather
     assert compiled.metadata.shared <= 227 * 1024
+    tiles = 2 * 64 * ((128 + 256) * stages + 2 * 64 * constants["BUFFERS"])
+    assert _first_barrier(ptx) >= tiles + (4 * 32 * 64 * 2 if epilogue == "dact" else 0)
     assert _stack(compiled, tmp_path) == 0
 
 
@@ -126,6 +139,7 @@ def test_weight_gradients_compile_for_hopper(transposed, sixteen, tmp_path):
     ptx = compiled.asm["ptx"]
     assert "wgmma.mma_async" in ptx
     assert "cp.async.cg" in ptx
+    assert _first_barrier(ptx) >= 2 * 64 * ((128 + 256) * 3 + 2 * 64 * 4)
     assert _stack(compiled, tmp_path) == 0
 
 

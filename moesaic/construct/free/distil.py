@@ -11,6 +11,7 @@ compared.
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -237,7 +238,9 @@ class _Stepper:
                     moment.zero_()
         self._graph = torch.cuda.CUDAGraph()
         self._optimizer.zero_grad(set_to_none=True)
-        with torch.cuda.graph(self._graph):
+        # On the stream of the steps before: what autograd keeps of them must not fork the capture.
+        gc.collect()
+        with torch.cuda.graph(self._graph, stream=side):
             self._loss(self._some_B).backward()
             self._optimizer.step()
 

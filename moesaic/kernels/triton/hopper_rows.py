@@ -294,25 +294,31 @@ def rows_kernel(
         b_smem = gl.allocate_shared_memory(dtype, [STAGES, BK, BN], swizzled)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     # Every gathering thread arrives when its copies have, and tensor memory counts for one.
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1 + (32 * PRODUCER_WARPS if GATHER else 0))
         mbarrier.init(empty.index(i), count=2)
-    for i in gl.static_range(2):
-        mbarrier.init(ready.index(i), count=1)
-        mbarrier.init(free.index(i), count=1)
+    # Only barriers that are waited for: Triton gives the memory of others to the buffers, and where
+    # a barrier was, a GPU that interrupts the kernel (another process comes or goes) may put it
+    # back, 32 bytes of NaN in a result.
+    ready, free = full, empty
     if EPILOGUE == "dact":
+        ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
         # The finisher sees both consumers' buffers as one.
         buffers0 = gl.allocate_shared_memory(dtype, [2 * BUFFERS, HALF, CHUNK], swizzled)
         buffers1 = buffers0
         h_smem = gl.allocate_shared_memory(dtype, [4, PART, CHUNK], swizzled)
         fetched = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-        emptied = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        emptied = fetched
+        if LOADER:
+            emptied = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
         for i in gl.static_range(2):
+            mbarrier.init(ready.index(i), count=1)
+            mbarrier.init(free.index(i), count=1)
             mbarrier.init(fetched.index(i), count=1)
-            mbarrier.init(emptied.index(i), count=1)
+            if LOADER:
+                mbarrier.init(emptied.index(i), count=1)
     else:
         buffers0 = gl.allocate_shared_memory(dtype, [BUFFERS, HALF, CHUNK], swizzled)
         buffers1 = gl.allocate_shared_memory(dtype, [BUFFERS, HALF, CHUNK], swizzled)
