@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import moesaic
+from moesaic.construct import layer_maker
 from moesaic.construct.calibration import calibration_rows
 from moesaic.construct.input_maps import fit_map, fold, fold_experts
 from moesaic.construct.pipeline import Recipe, construct, results, run
@@ -272,6 +273,19 @@ def test_what_is_missing_is_said(dense, caplog):
     said = caplog.text
     assert "Give more text or tokens" in said
     assert "layer 0 experts 2, 3; layer 1 experts 2, 3" in said  # never chosen, by name
+
+
+def test_refining_trains_nothing_but_its_block(dense, monkeypatch):
+    fixed = []
+    block = layer_maker.RoutedBlock
+    monkeypatch.setattr(
+        layer_maker, "RoutedBlock", lambda *a, **more: fixed.append(a[2]) or block(*a, **more)
+    )
+    run(dense / "model", recipe(dense, refine={"method": "layerwise", "passes": 1, "ahead": 0}))
+    biases = [b for f in fixed for b in (f.gate_bias_P, f.up_bias_P, f.down_bias_D)]
+    assert len(biases) == 6
+    # a gradient that goes elsewhere, on the stream of the layer's beginning, no CUDA graph can hold
+    assert not any(bias.requires_grad for bias in biases)
 
 
 @pytest.mark.gpu

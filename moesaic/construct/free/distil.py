@@ -11,7 +11,6 @@ compared.
 from __future__ import annotations
 
 import contextlib
-import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -239,7 +238,6 @@ class _Stepper:
         self._graph = torch.cuda.CUDAGraph()
         self._optimizer.zero_grad(set_to_none=True)
         # On the stream of the steps before: what autograd keeps of them must not fork the capture.
-        gc.collect()
         with torch.cuda.graph(self._graph, stream=side):
             self._loss(self._some_B).backward()
             self._optimizer.step()
