@@ -65,9 +65,9 @@ class Relayout:
 
     @cached_property
     def exponents(self) -> list[float]:
-        """[layer] the trained exponent of a tempered mixture's weights (`gates.tempered`); or empty.
+        """[layer] the trained exponent of tempered weights (`gates.tempered`); or empty.
 
-        A router scaled by it, of a layout that renormalises, gives the weights over K.
+        A router scaled by it gives, where the layout renormalises, the weights over K.
         """
         return [10 * float(tensor[0]) for tensor in self.learned] if self.view.tempered else []
 

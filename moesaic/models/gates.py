@@ -416,7 +416,7 @@ def near_one(
 def tempered(
     logits_TE: torch.Tensor, correction_1: torch.Tensor, ids_TK: torch.Tensor
 ) -> torch.Tensor:
-    """Weights of the chosen experts, [T, K], of mean 1: K times the softmax of 10 u of their logits.
+    """Weights of the chosen experts, [T, K], of mean 1: K times the softmax of 10 u * logits.
 
     u is learned, one number a layer: at zero all weights are 1, at 0.1 they are K times the usual
     ones. u moves first, then the router, whose gradient u is a factor of. One chosen expert is
