@@ -102,18 +102,24 @@ distill:
 
 both read the same sequences, and the loss of a token is
 (1 - weight) x cross-entropy + weight x KL(teacher || student), plus the balance loss. The teacher
-tells how likely every token of the vocabulary is, the text only which one came. Held-out
-loss at 4 of 8 experts, 16 M tokens: 2.887 with, 2.913 without (benchmarks/construction.md).
+tells how likely every token of the vocabulary is, the text only which one came. At 4 of 8 experts,
+held-out loss after 16 M tokens is 2.887 with it, 2.912 without it, and 2.888 of the dense model
+trained as long (benchmarks/construction.md, "Distillation").
 
 - Any causal language model with the same vocabulary teaches. Another number of logits, or another
   tokenizer in its directory, is refused before anything is written; `--dry-run` refuses it too.
-- The teacher stays as it is: it is loaded in the precision of the run, never trained and never
-  saved. `train.yaml` and the lineage name its directory, and a run goes on with the same `distill`
-  section only.
+- The teacher is never trained and never saved. `train.yaml` and the lineage name its directory,
+  and a run goes on with the same `distill` section only.
+- Unless the run is in fp32, the teacher is a bf16 model. In `mixed`, the student's weights are fp32;
+  the teacher's take half of that. Products would be in bf16 there anyway, and norms and softmax
+  still compute in fp32; what is rounded more is embeddings, weights of norms and the sums between
+  layers. On the benchmarks' dense model this moves its answers by 2.6e-4 nats (KL from fp32),
+  fp32 weights under autocast by 1.6e-4 (8,192 held-out tokens, on a CPU).
 - `loss` in the log and all held-out losses remain cross-entropy, so that runs with and without a
-  teacher compare; `distill_loss` is the KL, unweighted.
-- It costs the teacher's weights in memory, its logits of one forward pass, and its forward pass
-  in time. Of conversations, answers alone are distilled.
+  teacher compare; `distill_loss` is the KL, unweighted. At weight 1 cross-entropy is only reported.
+- It costs the teacher's weights, its logits of one forward pass and a gradient as large in memory,
+  and its forward pass in time; `moesaic plan` counts them. Of conversations, answers alone are
+  distilled.
 
 ## What the log says
 

@@ -162,13 +162,18 @@ def _train(
     steps = config.steps or (config.tokens or 0) // per_step
     rate = machine.model if precision != "fp32" else machine.float32
     operations = (8 if recompute else 6) * found.active * steps * per_step
+    seconds = {"forward and backward": operations / rate}
+    if config.distill is not None:
+        teacher = sizes(_any_model(config.distill.model)[0])
+        memory |= teacher.teaching(batch=micro, context=length, precision=precision)
+        seconds["teacher's forward"] = 2 * teacher.active * steps * per_step / rate
     use = f"train, {micro} x {length} tokens at a time"
     return Plan(
         what=str(what),
         kind="train",
         memory={use: memory},
         peak={use: sum(memory.values())},
-        seconds={f"train, {steps:,} steps": {"forward and backward": operations / rate}},
+        seconds={f"train, {steps:,} steps": seconds},
         machine=machine,
         notes=[
             "one device at the rate of large products, which small models do not reach; evaluation "

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from moesaic.models.anatomy import Anatomy, anatomy
+from moesaic.training.distill import ELEMENTS
 
 __all__ = ["Sizes", "sizes"]
 
@@ -78,6 +79,18 @@ class Sizes:
             "optimizer": self.total * (12 if half else 8),
             "activations": tokens * kept * width,
             "logits and loss": 2 * tokens * self.vocabulary * 4,
+        }
+
+    def teaching(self, *, batch: int, context: int, precision: Precision) -> dict[str, int]:
+        """Bytes of asking this model, frozen, about `batch` sequences of a training step, by part.
+
+        Beside its logits a gradient as large is kept for the student's; what is computed of them is
+        of some rows at a time.
+        """
+        width, logits = 4 if precision == "fp32" else 2, batch * context * self.vocabulary
+        return {
+            "teacher's weights": self.total * width,
+            "teacher's logits and divergence": 2 * logits * width + 3 * 4 * min(logits, ELEMENTS),
         }
 
 

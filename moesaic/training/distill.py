@@ -28,8 +28,8 @@ from moesaic.training.config import TrainConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_ELEMENTS = 2**24
-"""Largest number of elements of a float32 temporary (64 MiB), of which a few are held at once."""
+ELEMENTS = 2**24
+"""Largest number of elements of a float32 temporary (64 MiB), of which three are held at once."""
 _CURE = (
     "Give a causal language model with the vocabulary of the model, such as the dense model that "
     "the mixture was made of."
@@ -44,26 +44,22 @@ class Teacher:
         self.weight = weight
 
     def divergence(
-        self,
-        student_BTV: torch.Tensor,
-        ids_BT: torch.Tensor,
-        position_BT: torch.Tensor | None = None,
-        labels_BT: torch.Tensor | None = None,
+        self, student_BTV: torch.Tensor, labels_BT: torch.Tensor, **inputs: Any
     ) -> torch.Tensor:
         """Return the sum of KL(teacher || student) in nats over what is learned; no host sync.
 
-        `student_BTV` are the logits of `ids_BT`, whose gradient it has; `position_BT` and
-        `labels_BT` are those of packed conversations, without which all of `ids_BT` is learned.
+        `student_BTV` are the student's logits, which get the gradient, of `inputs`, the arguments
+        of its forward pass; labels below 0 are not learned.
         """
-        where = {} if position_BT is None else {"position_ids": position_BT}
-        with torch.no_grad():
-            teacher_BTV = self.model(input_ids=ids_BT, use_cache=False, **where).logits
-        learned_BT = torch.ones_like(ids_BT) if labels_BT is None else labels_BT
-        # As wide as ids_BT, so that no logits are copied; nothing follows the last position.
-        learned_BT = F.pad(learned_BT[:, 1:] >= 0, (0, 1))
+        # Nothing is cast: autocast would cast the weights anew in every pass, as they are frozen.
+        with torch.no_grad(), torch.autocast(student_BTV.device.type, enabled=False):
+            teacher_BTV = self.model(**inputs).logits
+        # As wide as the logits, so that these are not copied; nothing follows the last position.
+        learned_BT = F.pad(labels_BT[:, 1:] >= 0, (0, 1))
         return kl_divergence(student_BTV.flatten(0, 1), teacher_BTV.flatten(0, 1), learned_BT)
 
 
+@torch.compiler.disable  # its loop would be unrolled: ten seconds of tracing for a hundred turns
 def kl_divergence(
     student_NV: torch.Tensor, teacher_NV: torch.Tensor, learned: torch.Tensor
 ) -> torch.Tensor:
@@ -83,29 +79,35 @@ class _Divergence(torch.autograd.Function):
     def forward(
         ctx: Any, student_NV: torch.Tensor, teacher_NV: torch.Tensor, learned_N: torch.Tensor
     ) -> torch.Tensor:
-        total = torch.zeros((), dtype=torch.float32, device=student_NV.device)
-        gradient_NV = torch.empty_like(student_NV) if ctx.needs_input_grad[0] else None
-        rows = max(1, _ELEMENTS // student_NV.shape[1])
-        for start in range(0, len(student_NV), rows):
-            part = slice(start, start + rows)
-            learned_C = learned_N[part]
-            student_CV = student_NV[part].log_softmax(-1, dtype=torch.float32)
-            teacher_CV = teacher_NV[part].log_softmax(-1, dtype=torch.float32)
-            gap_CV = teacher_CV - student_CV
-            teacher_CV.exp_()
-            sums_C = gap_CV.mul_(teacher_CV).sum(-1)
-            total = total + sums_C.masked_fill(~learned_C, 0.0).sum()
-            if gradient_NV is not None:
-                change_CV = student_CV.exp_().sub_(teacher_CV)
-                gradient_NV[part] = change_CV.masked_fill_(~learned_C[:, None], 0.0)
+        gradient_NV = torch.empty_like(student_NV)
+        rows = max(1, ELEMENTS // student_NV.shape[1])
+        whole = (student_NV, teacher_NV, learned_N, gradient_NV)
+        parts = zip(*(tensor.split(rows) for tensor in whole), strict=True)
+        total = torch.stack([_divergence_of_rows(*part) for part in parts]).sum()
         ctx.save_for_backward(gradient_NV)
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (gradient_NV,) = ctx.saved_tensors
         return gradient_NV * grad, None, None
+
+
+def _divergence_of_rows(
+    student_CV: torch.Tensor,
+    teacher_CV: torch.Tensor,
+    learned_C: torch.Tensor,
+    gradient_CV: torch.Tensor,
+) -> torch.Tensor:
+    """Return the sum over C rows and write its gradient; the temporaries end with the call."""
+    student_CV = student_CV.log_softmax(-1, dtype=torch.float32)
+    teacher_CV = teacher_CV.log_softmax(-1, dtype=torch.float32)
+    gap_CV = teacher_CV - student_CV
+    teacher_CV.exp_()
+    change_CV = student_CV.exp_().sub_(teacher_CV)
+    gradient_CV.copy_(change_CV.masked_fill_(~learned_C[:, None], 0.0))
+    return gap_CV.mul_(teacher_CV).sum(-1).masked_fill(~learned_C, 0.0).sum()
 
 
 def load_teacher(
@@ -115,13 +117,18 @@ def load_teacher(
     where: torch.device,
     how: setup.Precision,
 ) -> Teacher | None:
-    """Load the teacher, if there is one, as the student is. Raises UserError as `empty_teacher`."""
+    """Load the teacher, if there is one. Raises UserError as `empty_teacher`.
+
+    Where the student computes in bf16, the teacher's weights are bf16 too, not float32: they are
+    never added to, and half as large.
+    """
     empty = empty_teacher(config, student, tokenizer)
     if empty is None or config.distill is None:
         return None
     folder = config.distill.model
     experts = setup.experts_options(config) if empty._can_set_experts_implementation() else {}
-    model: Any = load(folder, **setup.load_options(config, how), **experts)
+    options = setup.load_options(config, "fp32" if how == "fp32" else "bf16")
+    model: Any = load(folder, **options, **experts)
     setup.check_finite(folder, model)
     model = model.to(where)
     if config.data.conversations:

@@ -399,9 +399,8 @@ class Run:
         )
         if self.balance.kind is not None:
             note(str(self.balance))
-        if config.distill is not None and self.teacher is not None:
-            found = _taught(config, self.teacher.model)["teacher"]
-            weight = found["weight"]
+        if self.teacher is not None:
+            found, weight = _taught(config, self.teacher.model)["teacher"], self.teacher.weight
             note(
                 f"teacher: {found['architecture']}, {found['parameters']:,} frozen parameters "
                 f"({found['model']}); loss: {1 - weight:g} x cross-entropy + {weight:g} x KL"

@@ -76,14 +76,17 @@ def build_pass(
     ) -> PassOutput:
         if observer is not None:
             observer.start()
-        # No mask: positions that begin anew are what keeps conversations apart.
-        where = {} if position_BT is None else {"position_ids": position_BT}
-        outputs = model(input_ids=ids_BT, use_cache=False, **where, **extra)
-        learned_BT = ids_BT if labels_BT is None else labels_BT
+        inputs: dict[str, Any] = {"input_ids": ids_BT, "use_cache": False}
+        if position_BT is not None:
+            # No mask: positions that begin anew are what keeps conversations apart.
+            inputs["position_ids"] = position_BT
+        outputs = model(**inputs, **extra)
+        labels_BT = ids_BT if labels_BT is None else labels_BT
+        # At weight 1 it is told and not learned: nothing is kept for its gradient.
+        learned = teacher is None or teacher.weight < 1
+        logits_BTV = outputs.logits if learned else outputs.logits.detach()
         cross_entropy = F.cross_entropy(
-            outputs.logits[:, :-1].flatten(0, 1).float(),  # not kept: the teacher needs room
-            learned_BT[:, 1:].flatten(),
-            reduction="sum",
+            logits_BTV[:, :-1].flatten(0, 1).float(), labels_BT[:, 1:].flatten(), reduction="sum"
         )
         loss, load, importance = None, None, None
         if kind == "llama_moe":
@@ -102,7 +105,7 @@ def build_pass(
         found = PassOutput(cross_entropy, loss, load, importance)
         if teacher is None:
             return found
-        divergence = teacher.divergence(outputs.logits, ids_BT, position_BT, labels_BT)
+        divergence = teacher.divergence(outputs.logits, labels_BT, **inputs)
         return found._replace(divergence=divergence, weight=teacher.weight)
 
     return run
@@ -156,9 +159,7 @@ def accumulate(
         if found.divergence is not None:
             divergence = found.divergence / predicted
             _add(values, "distill_loss", divergence)
-            # At weight 1 not 0 x cross-entropy, of which a gradient would be computed for nothing.
-            rest = 1.0 - found.weight
-            loss = found.weight * divergence + rest * loss if rest else divergence
+            loss = (1.0 - found.weight) * loss + found.weight * divergence
         if found.balance is not None:
             # Below zero means "off" in LLaMA-MoE: reported as 0, not trained on.
             share = found.balance.float() / passes

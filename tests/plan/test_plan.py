@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -18,6 +19,10 @@ from moesaic.plan import machine as machines
 from moesaic.plan.machine import Machine, data_sheet, measure
 from moesaic.plan.predict import plan
 from moesaic.recipes import find, recipes
+from moesaic.training import setup
+from moesaic.training.distill import load_teacher
+from moesaic.training.loop import read_config
+from moesaic.training.step import build_pass
 from tests.construct.dense_models import write_dense
 from tests.helpers import assert_user_error, run_cli
 
@@ -194,6 +199,49 @@ def test_a_training_run_is_counted_from_its_recipe(dense: Path) -> None:
         "train, 4 x 4096 tokens at a time"
     ]
     assert small["activations"] * 2 == memory["activations"]
+
+
+@pytest.mark.parametrize(("precision", "rate"), [("fp32", 1e11), ("mixed", 1e12), ("bf16", 1e12)])
+def test_a_teacher_takes_what_is_foretold(
+    dense: Path, tmp_path: Path, precision: Literal["fp32", "mixed", "bf16"], rate: float
+) -> None:
+    moe = convert(dense, out=tmp_path / "moe", experts=6, top_k=3, gate="linear")
+    keys = {"data": {"train": "text", "block_size": 16}, "batch": {"sequences": 4, "micro": 2}}
+    taught = {**keys, "steps": 5, "precision": precision, "distill": {"model": str(moe)}}
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps({**taught, "model": str(dense)}))
+    found = plan(file, machine=MACHINE)
+    alone = plan(file, machine=MACHINE, overrides=["distill=null"])
+    (memory,), (without,) = found.memory.values(), alone.memory.values()
+    (seconds,), (base,) = found.seconds.values(), alone.seconds.values()
+    used = 2 * anatomy(moe).params_active * 5 * 4 * 16 / rate
+    assert seconds == base | {"teacher's forward": pytest.approx(used)}
+
+    config, cpu = read_config({**taught, "model": str(dense)}), torch.device("cpu")
+    student = setup.load_model(config, cpu, precision)
+    teacher = load_teacher(config, student, None, cpu, precision)  # type: ignore[arg-type]
+    assert teacher is not None
+    logits: list[torch.Tensor] = []
+    teacher.model.register_forward_hook(lambda *args: logits.append(args[-1].logits))
+    kept: dict[bool, int] = {}
+    for asked in (False, True):
+        sizes: list[int] = []
+        run_pass = build_pass(student, teacher=teacher if asked else None)
+        hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda x, sizes=sizes: (sizes.append(x.nbytes), x)[1], lambda x: x
+        )
+        with hooks, torch.autocast("cpu", torch.bfloat16, enabled=precision == "mixed"):
+            run_pass(torch.arange(32).view(2, 16))
+        kept[asked] = sum(sizes)
+    temporary = 3 * 4 * logits[0].numel()  # fewer than the limit
+    assert memory == without | {
+        "teacher's weights": sum(p.nbytes for p in teacher.model.parameters()),
+        "teacher's logits and divergence": logits[0].nbytes + kept[True] - kept[False] + temporary,
+    }
+    large = plan(file, machine=MACHINE, overrides=["batch.micro=1", "data.block_size=1048576"])
+    (huge,) = large.memory.values()
+    whole = 2 * 2**20 * 61 * logits[0].itemsize
+    assert huge["teacher's logits and divergence"] == whole + 3 * 2**26
 
 
 def test_a_graphics_card_by_its_data_sheet() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def expected_divergence(student, teacher, learned):
 @pytest.mark.parametrize(("rows", "elements"), [(10, 2**24), (9, 3 * V), (10, 3 * V + 5), (7, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_divergence_and_its_gradient_are_those_of_kl_div(rows, elements, dtype, monkeypatch):
-    monkeypatch.setattr(distill, "_ELEMENTS", elements)
+    monkeypatch.setattr(distill, "ELEMENTS", elements)
     student, teacher, learned = random_logits(rows, dtype)
     assert 0 < int(learned.sum()) < rows
     expected = expected_divergence(student, teacher, learned)
@@ -78,21 +79,36 @@ def test_nothing_learned_is_zero_and_no_gradient_is_needed():
     )
 
 
-def test_no_float32_of_all_rows_is_held(monkeypatch):
-    monkeypatch.setattr(distill, "_ELEMENTS", 3 * V)
+def test_three_float32_of_some_rows_are_held(monkeypatch):
+    monkeypatch.setattr(distill, "ELEMENTS", 3 * V)
     student, teacher, learned = random_logits(40, torch.bfloat16)
-    sizes = []
+    made, held = [], []
 
     class Sizes(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             out = function(*args, **(kwargs or {}))
             if isinstance(out, torch.Tensor) and out.dtype == torch.float32:
-                sizes.append(out.numel())
+                made.append(weakref.ref(out))
+            alive = {id(x): x.numel() for x in (found() for found in made) if x is not None}
+            held.append(sum(size for size in alive.values() if size >= V))
             return out
 
     with Sizes():
         kl_divergence(student, teacher, learned).backward()
-    assert max(sizes) == 3 * V
+    assert max(held) == 3 * 3 * V
+
+
+def test_a_teacher_answers_in_its_own_type():
+    model, ids = models.dense(), tokens(2)
+    said = model(input_ids=ids).logits.detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert float(Teacher(models.dense(), 1.0).divergence(said, ids, input_ids=ids)) == 0.0
+
+
+@pytest.mark.parametrize("weight", [0.9, 1.0])
+def test_cross_entropy_is_learned_below_weight_one_only(weight):
+    run_pass = build_pass(models.dense(), teacher=Teacher(models.dense(seed=5), weight))
+    assert run_pass(tokens(2)).cross_entropy.requires_grad == (weight < 1)
 
 
 def plain_objective(model, teacher, weight, given):
@@ -108,13 +124,13 @@ def plain_objective(model, teacher, weight, given):
         divergence += expected_divergence(said, wanted.detach(), kept)
         count += int(kept.sum())
     loss = ((1 - weight) * cross_entropy + weight * divergence) / count
-    return loss, float(cross_entropy) / count, float(divergence) / count
+    return loss, cross_entropy.item() / count, divergence.item() / count
 
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(("weight", "passes"), [(0.3, 1), (0.3, 2), (1.0, 2)])
 def test_an_update_learns_the_weighted_sum(weight, passes, packed, monkeypatch):
-    monkeypatch.setattr(distill, "_ELEMENTS", 5 * 64)
+    monkeypatch.setattr(distill, "ELEMENTS", 5 * 64)
     model, teacher = models.mixtral(router_aux_loss_coef=0.0), models.dense(seed=5)
     if packed:
         rows = [row(talks(seed), length=20) for seed in range(4)]
@@ -312,9 +328,10 @@ def test_answers_alone_are_distilled_from_conversations(chat, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("precision", "dtype"), [("bf16", torch.bfloat16), ("mixed", torch.float32)]
+    ("precision", "dtype"),
+    [("bf16", torch.bfloat16), ("mixed", torch.bfloat16), ("fp32", torch.float32)],
 )
-def test_a_teacher_is_loaded_as_its_student_is(precision, dtype, taught, tmp_path):
+def test_a_teacher_is_held_in_the_type_its_student_computes_in(precision, dtype, taught, tmp_path):
     # grouped_mm: of the student's experts; the teacher has none
     config = taught(models.mixtral, precision=precision, experts="grouped_mm", steps=2)
     run = Run.prepare(read_config(config), tmp_path / "run", resume=True)
@@ -409,8 +426,8 @@ def test_a_teacher_that_mixes_conversations_is_refused(chat, tmp_path, monkeypat
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_an_update_with_a_teacher_is_captured_and_does_not_wait(monkeypatch):
-    monkeypatch.setattr(distill, "_ELEMENTS", 5 * 64)
-    model, teacher = models.llama_moe().cuda().train(), models.llama_moe(seed=5).cuda()
+    monkeypatch.setattr(distill, "ELEMENTS", 5 * 64)
+    model, teacher = models.llama_moe().cuda().train(), models.llama_moe(seed=5).cuda().bfloat16()
     run_pass = build_pass(model, teacher=Teacher(teacher, 0.5))
     ids = tokens(4).view(2, 2, T).cuda()
     autocast = torch.autocast("cuda", torch.bfloat16, cache_enabled=False)
