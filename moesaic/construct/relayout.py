@@ -61,6 +61,8 @@ class Relayout:
         end = self.view.correction_name()
         names = [f"model.layers.{layer}.{end}" for layer in range(self.view.layers)]
         found = [self.read(name).float() for name in names if name in self.checkpoint]
+        if self.view.tempered:  # below zero counts as zero
+            found = [tensor.clamp(min=0.0) for tensor in found]
         return found if any(bool(tensor.any()) for tensor in found) else []
 
     @cached_property
@@ -128,14 +130,13 @@ class Relayout:
 
     def _no_place(self) -> str | None:
         """Why the layout has no place for what the weights have learned; None: it has."""
-        below = [layer for layer, exponent in enumerate(self.exponents) if exponent < 0]
         if not self.exponents:
             return ""
         if "renormalised" not in self.layout.rules:
             return f", and {self.layout.architecture} does not renormalise"
         if self.view.top_k == 1:
             return ", and one chosen expert always weighs 1 there"
-        return f": layer {below[0]} weighs the expert it prefers least" if below else None
+        return None
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor. Raises UserError for NaN."""

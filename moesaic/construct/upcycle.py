@@ -109,7 +109,7 @@ def upcycle(
         write_text(partial / "config.json", json.dumps(drawn.config, indent=2) + "\n")
         copy_companions(paths[0], partial)
         if verify == "full":
-            comparison = Comparison("logits", *running_difference(paths[0], partial))
+            comparison = Comparison("logits", *running_difference(paths[0], partial)[:2])
         facts = _judge(must_equal, drawn, inputs, comparison, len(paths))
         settings = {
             "models": [str(path) for path in paths],

@@ -179,10 +179,20 @@ def _all_experts(config: dict[str, Any]) -> dict[str, Any]:
     return everything
 
 
+class Difference(NamedTuple):
+    """How far the outputs of two models are apart."""
+
+    largest: float
+    of: float
+    """The largest absolute value of the first model's outputs."""
+    typical: float
+    """Half of the tokens are nearer: their largest difference, the median over tokens."""
+
+
 @torch.inference_mode()
 def running_difference(
     dense: Path, mixture: Path, *, rows: int = 2, length: int = 48
-) -> tuple[float, float]:
+) -> Difference:
     """Compare a dense model with a mixture that routes as it is configured to.
 
     As `logit_difference`, for mixtures of any family whose chosen experts already make up the
@@ -192,8 +202,12 @@ def running_difference(
     given = _outputs(mixture, {}, rows=rows, length=length)
     if wanted.keys() != given.keys():
         raise MoesaicError(f"{dense} returns {sorted(wanted)}, {mixture} returns {sorted(given)}.")
-    differences = [float((wanted[name] - given[name]).abs().max()) for name in wanted]
-    return max(differences), max(float(value.abs().max()) for value in wanted.values())
+    apart = [(wanted[name] - given[name]).abs() for name in wanted]
+    return Difference(
+        max(float(each.max()) for each in apart),
+        max(float(value.abs().max()) for value in wanted.values()),
+        max(float(each.amax(-1).median()) for each in apart),
+    )
 
 
 def is_exact(difference: float, largest: float) -> bool:

@@ -141,6 +141,7 @@ def test_weights_of_one_are_approached(layout: str, tmp_path: Path) -> None:
     assert record["llama_cpp"] is True
     with torch.inference_mode():
         found = float((stock(out)(IDS).logits - ours(moe)).abs().max())
+    assert 0 < record["typical_difference"] <= record["difference"]
     # another text than that of the record, the same size of error
     assert 0 < found < 10 * record["difference"] < 0.1
 
@@ -163,9 +164,12 @@ def test_a_construction_goes_to_a_stock_layout_but_for_an_intercept(
     with torch.inference_mode():
         given = stock(out)(IDS).logits
     torch.testing.assert_close(given, ours(moe), atol=5e-2, rtol=0)
-    learn_exponents(moe, [0.07, 0.2, 0.0])  # a layer that has learned nothing is still approached
+    learn_exponents(moe, [0.07, 0.2, -0.1])  # a layer whose weights are still 1 is approached
     with pytest.raises(UserError, match="tolerance"):
         export_layout(moe, out=tmp_path / "exact", layout=layout, tolerance=1e-7)
+    out = export_layout(moe, out=tmp_path / "near", layout=layout, tolerance=2e-2)
+    with torch.inference_mode():
+        torch.testing.assert_close(stock(out)(IDS).logits, ours(moe), atol=5e-2, rtol=0)
     learn_exponents(moe, [0.07, 0.2, 0.013])
     out = export_layout(moe, out=tmp_path / "exact", layout=layout)
     with torch.inference_mode():
@@ -188,24 +192,15 @@ def learn_exponents(moe: Path, values: list[float]) -> None:
     save_file(tensors, file)
 
 
-@pytest.mark.parametrize(
-    ("top_k", "values", "said"),
-    [
-        (2, [0.1, -0.1, 0.1], "layer 1 weighs the expert it prefers least"),
-        (1, [0.1, 0.1, 0.1], "one chosen expert always weighs 1"),
-    ],
-)
-def test_exponents_that_no_stock_router_has(
-    top_k: int, values: list[float], said: str, tmp_path: Path
-) -> None:
+def test_one_chosen_expert_that_was_weighed(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    moe = source(tmp_path, "qwen3", top_k=top_k)
+    moe = source(tmp_path, "qwen3", top_k=1)
     edit_config(moe, weighting="tempered")
     zeros = {f"model.layers.{layer}.mlp.gate.scale": torch.zeros(1) for layer in range(3)}
     save_file(load_file(moe / "model.safetensors") | zeros, moe / "model.safetensors")
-    learn_exponents(moe, values)
-    with pytest.raises(UserError, match=said):
+    learn_exponents(moe, [0.1, 0.1, 0.1])
+    with pytest.raises(UserError, match="one chosen expert always weighs 1"):
         export_layout(moe, out=tmp_path / "out", layout="qwen3_moe", tolerance=0.5)
 
 
