@@ -104,7 +104,7 @@ both read the same sequences, and the loss of a token is
 (1 - weight) x cross-entropy + weight x KL(teacher || student), plus the balance loss. The teacher
 tells how likely every token of the vocabulary is, the text only which one came. At 4 of 8 experts,
 held-out loss after 16 M tokens is 2.887 with it, 2.912 without it, and 2.888 of the dense model
-trained as long (benchmarks/construction.md, "Distillation").
+trained as long (one seed, one rate: benchmarks/construction.md, "Distillation").
 
 - Any causal language model with the same vocabulary teaches. Another number of logits, or another
   tokenizer in its directory, is refused before anything is written; `--dry-run` refuses it too.
@@ -118,8 +118,8 @@ trained as long (benchmarks/construction.md, "Distillation").
 - `loss` in the log and all held-out losses remain cross-entropy, so that runs with and without a
   teacher compare; `distill_loss` is the KL, unweighted. At weight 1 cross-entropy is only reported.
 - It costs the teacher's weights, its logits of one forward pass and a gradient as large in memory,
-  and its forward pass in time; `moesaic plan` counts them. Of conversations, answers alone are
-  distilled.
+  and its forward pass in time (a fifth of the speed in that benchmark); `moesaic plan` counts them. Of
+  conversations, answers alone are distilled.
 
 ## What the log says
 
