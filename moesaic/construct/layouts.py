@@ -3,8 +3,8 @@
 What a layout has is a choice of router rules and the attention of some dense families; `supports`
 compares both with a mixture's config. A factor that a layout has no place for is multiplied into
 the experts' down projections. Weights of exactly 1, which no stock router gives, are approached by
-flattening: a router scaled by `FLATTEN` chooses the same experts with nearly equal weights. Tempered
-weights that training has moved from 1 are exactly those of a router scaled by their exponent.
+flattening: a router scaled by `FLATTEN` chooses the same experts with nearly equal weights. Those
+that training has tempered are exactly a scaled router's.
 Notation: E routed experts, K chosen, s a mixture's factor on the chosen experts' sum.
 """
 
