@@ -61,8 +61,6 @@ class Relayout:
         end = self.view.correction_name()
         names = [f"model.layers.{layer}.{end}" for layer in range(self.view.layers)]
         found = [self.read(name).float() for name in names if name in self.checkpoint]
-        if self.view.tempered:  # below zero counts as zero
-            found = [tensor.clamp(min=0.0) for tensor in found]
         return found if any(bool(tensor.any()) for tensor in found) else []
 
     @cached_property
@@ -101,9 +99,13 @@ class Relayout:
         return self.view.factors[layer] * (ones[self.rule] if self.view.rule == "one" else 1)
 
     def steepness(self, layer: int) -> float:
-        """The factor that goes into the router."""
+        """The factor that goes into the router.
+
+        An exponent below zero, by which the preferred expert weighs least, is near it: equal
+        weights are nearest.
+        """
         if self.exponents:
-            return self.exponents[layer] or FLATTEN
+            return max(self.exponents[layer], FLATTEN)
         return FLATTEN if self.flattened else 1.0
 
     @property

@@ -431,10 +431,7 @@ def tempered(
     kept_TK = logits_TE.float().gather(1, ids_TK)
     # Below the best one's, or u's gradient would be a small difference of large numbers.
     kept_TK = kept_TK - kept_TK.detach().amax(dim=1, keepdim=True)
-    exponent_1 = 10.0 * correction_1.float()
-    # Not below zero, which would weigh the preferred expert least; from there u finds back.
-    exponent_1 = exponent_1 + (exponent_1.clamp(min=0.0) - exponent_1).detach()
-    weights_TK = ids_TK.shape[1] * (exponent_1 * kept_TK).softmax(dim=-1)
+    weights_TK = ids_TK.shape[1] * (10.0 * correction_1.float() * kept_TK).softmax(dim=-1)
     return weights_TK[:, :chosen]
 
 

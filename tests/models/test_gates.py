@@ -274,14 +274,9 @@ def test_tempered_weights_are_one_then_a_softmax_then_the_best_alone(chosen):
         wanted_TK = compared * (exponent * kept_TK).softmax(-1)[:, :chosen]
         torch.testing.assert_close(gate(x_TD).weights, wanted_TK)
     assert gate.correction.shape == (1,)
-    for value in (0.2, -0.2):  # below zero the weights are 1, and the exponent finds back
-        gate.zero_grad()
-        gate.correction.data.fill_(value)
-        weights_TK = gate(x_TD).weights
-        assert torch.equal(weights_TK, torch.ones(40, chosen)) is (value < 0)
-        weights_TK[:, 0].square().sum().backward()
-        assert bool(gate.correction.grad.any())
-        assert bool(gate.gate_network.weight.grad.any()) is (value > 0)
+    gate.correction.data.fill_(-0.2)
+    gate(x_TD).weights[:, 0].square().sum().backward()
+    assert all(bool(p.grad.any()) for p in (gate.correction, gate.gate_network.weight))
 
 
 def test_choice_in_bfloat16_follows_float32_scores_of_the_same_logits():

@@ -43,7 +43,7 @@ def meaning(mlp: Any, x_TD: torch.Tensor) -> torch.Tensor:
                 "sigmoid": logits_E[e].sigmoid(),
                 "one": torch.ones(()),
                 "learned": 1 + scale_E[e] * probs_E[e],
-                "tempered": _tempered(10 * scale_E[0].clamp(min=0), logits_E, chosen, e),
+                "tempered": _tempered(10 * scale_E[0], logits_E, chosen, e),
             }[gate.weighting]
             rows_ID, up_ID = mlp.experts.gate_up_proj[e].chunk(2)
             h_I = mlp.act_fn(rows_ID @ x_D) * (up_ID @ x_D)
