@@ -85,7 +85,7 @@ class LayerStream:
         return hidden_BCD
 
     def load(self, layer: int) -> torch.nn.Module:
-        """Return one decoder layer in float32."""
+        """Return one decoder layer in float32, frozen."""
         from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
         with torch.device("meta"):
@@ -99,7 +99,7 @@ class LayerStream:
         }
         module.load_state_dict(weights, assign=True, strict=True)
         self.dense.checkpoint.release(names)
-        return module.eval()
+        return module.eval().requires_grad_(False)
 
     def block(self, module: Any, rows_BCD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Norm, attention, norm: residual stream and feed-forward input [B, C, D], with gradients.

@@ -107,7 +107,7 @@ def _score_group(
             inputs.append([residual + module.mlp(normed) for residual, normed in blocks])
     gradients = _top(dense, inputs.pop(), group)
     for layer in reversed(range(dense.layers)):
-        module = stream.load(layer).requires_grad_(False)
+        module = stream.load(layer)
         for place, (hidden, batch) in enumerate(zip(inputs.pop(), group, strict=True)):
             hidden.requires_grad_()
             residual, normed = stream.block(module, hidden)

@@ -85,7 +85,7 @@ class FamilyStream(LayerStream):
         return torch.cat(parts).float()
 
     def load(self, layer: int) -> nn.Module:
-        """Return one decoder layer in float32, its feed-forward part as gate, up and down."""
+        """Return one decoder layer, frozen, in float32; feed-forward part as gate, up and down."""
         module: Any = copy.deepcopy(self._layers[layer])
         module.mlp = None
         start = f"{self.dense.prefix}layers.{layer}."
@@ -96,7 +96,7 @@ class FamilyStream(LayerStream):
         ffn = {part: self._read(name) for part, name in parts}
         module.mlp = GatedMLP(ffn, self.dense.activation)
         self.dense.checkpoint.release([*names, *self.dense.ffn(layer)])
-        return module.eval()
+        return module.eval().requires_grad_(False)
 
     def _read(self, name: str) -> torch.Tensor:
         return self.dense.read(name).to(self.device).float()

@@ -344,10 +344,10 @@ class LayerMaker:
         changed = {part: weight.clone() for part, weight in start.others.items()}
         layer.load_state_dict(changed, strict=False, assign=True)
         gate_P, up_P = (
-            None if bias_F is None else bias_F.detach()[made.order_P]
+            None if bias_F is None else bias_F[made.order_P].clone()
             for bias_F in (view.gate_bias_F, view.up_bias_F)
         )
-        bias_D = None if made.down_bias_D is None else made.down_bias_D.detach().clone()
+        bias_D = None if made.down_bias_D is None else made.down_bias_D.clone()
         fixed = Fixed(view.top_k, view.activation, gate_P, up_P, bias_D)
         return RoutedBlock(
             self.stream,

@@ -127,8 +127,7 @@ class RoutedBlock(nn.Module):
 
 
 def dense_block(stream: LayerStream, layer: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A layer of the dense model, from residual stream to residual stream [B, C, D]; frozen."""
-    layer.requires_grad_(False)
+    """A layer of the dense model, from residual stream to residual stream [B, C, D]."""
 
     def run(rows_BCD: torch.Tensor) -> torch.Tensor:
         residual_BCD, x_BCD = stream.block(layer, rows_BCD)
