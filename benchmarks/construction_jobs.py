@@ -302,8 +302,6 @@ class Update:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.ids_ABT = torch.zeros(1, *shape, dtype=torch.int64, device=self.device)
         self.done = 0
-        # One for all: what autograd keeps of an update must not fork the capture of a later one.
-        self.stream = torch.cuda.Stream() if graph else None
         for group in self.optimizer.inner.param_groups if graph else ():
             group["capturable"] = True
             group["lr"] = torch.zeros((), device=self.device)
@@ -323,15 +321,15 @@ class Update:
         if self.graph is not None:
             self.graph.replay()
         elif self.done <= _WARM_UP:
-            assert self.stream is not None
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
                 self.result = self._update()
-            torch.cuda.current_stream().wait_stream(self.stream)
+            torch.cuda.current_stream().wait_stream(stream)
         else:
             graph = torch.cuda.CUDAGraph()
             try:
-                with torch.cuda.graph(graph, stream=self.stream):
+                with torch.cuda.graph(graph):
                     self.result = self._update()
             except Exception as error:  # whatever refuses: the caller then starts anew without
                 raise GraphFailed(f"{type(error).__name__}: {error}") from error

@@ -237,8 +237,7 @@ class _Stepper:
                     moment.zero_()
         self._graph = torch.cuda.CUDAGraph()
         self._optimizer.zero_grad(set_to_none=True)
-        # On the stream of the steps before: what autograd keeps of them must not fork the capture.
-        with torch.cuda.graph(self._graph, stream=side):
+        with torch.cuda.graph(self._graph):
             self._loss(self._some_B).backward()
             self._optimizer.step()
 
