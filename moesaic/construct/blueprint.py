@@ -131,8 +131,7 @@ class Blueprint:
             tensors[f"{start}gate.weight_noise.weight"] = noise
         weighting = self.config.get("gate_weighting", "scores")
         if weighting != "scores":
-            correction = start_at_one(weighting, self.split.num_experts).detach()
-            tensors[f"{start}gate.correction"] = correction
+            tensors[f"{start}gate.correction"] = start_at_one(weighting, self.split.num_experts)
         shared = self.router.shared[layer]
         if shared is not None:
             block = self.blocks(layer)[1][0]

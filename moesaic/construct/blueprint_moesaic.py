@@ -51,9 +51,9 @@ class BlueprintMoesaic(Blueprint):
 
         start = f"{self.prefix}layers.{layer}.mlp.gate."
         weights = self.router.layers[layer]
-        weighting, experts = self.config["weighting"], self.split.num_experts
+        weighting = self.config["weighting"]
         if weighting in LEARNED:
-            weights = {**weights, "scale": start_at_one(weighting, experts).detach()}
+            weights = {**weights, "scale": start_at_one(weighting, self.split.num_experts)}
         return {f"{start}{name}": tensor.to(self.experts_dtype) for name, tensor in weights.items()}
 
     def sizes(self) -> dict[str, Any]:

@@ -182,11 +182,12 @@ def _all_experts(config: dict[str, Any]) -> dict[str, Any]:
 class Difference(NamedTuple):
     """How far the outputs of two models are apart."""
 
+    difference: float
+    """Largest absolute difference."""
     largest: float
-    of: float
-    """The largest absolute value of the first model's outputs."""
+    """Largest absolute value of the first model's outputs."""
     typical: float
-    """Half of the tokens are nearer: their largest difference, the median over tokens."""
+    """Median over tokens of a token's largest difference."""
 
 
 @torch.inference_mode()

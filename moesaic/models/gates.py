@@ -99,7 +99,9 @@ class Gate(nn.Module):
         else:
             raise unknown("gate network", str(network), ("mlp", "linear", "glu"))
         self.weighting = weighting
-        self.correction = start_at_one(weighting, num_experts) if weighting in LEARNED else None
+        self.correction: nn.Parameter | None = None
+        if weighting in LEARNED:
+            self.correction = nn.Parameter(start_at_one(weighting, num_experts))
 
     def forward(
         self, x_TD: torch.Tensor, valid_T: torch.Tensor | None = None, statistics: bool = True
@@ -439,9 +441,9 @@ LEARNED = {"one": near_one, "tempered": tempered}
 """The weightings that start at 1, with a learned `correction`."""
 
 
-def start_at_one(weighting: str, experts: int) -> nn.Parameter:
+def start_at_one(weighting: str, experts: int) -> torch.Tensor:
     """What such a weighting learns, zero at first: a number for each expert, or one (tempered)."""
-    return nn.Parameter(torch.zeros(1 if weighting == "tempered" else experts))
+    return torch.zeros(1 if weighting == "tempered" else experts)
 
 
 def squared_variation(values_E: torch.Tensor) -> torch.Tensor:

@@ -150,9 +150,10 @@ class MoesaicRouter(Router):
         self.weighting = config.weighting
         nn.init.normal_(self.weight, std=_std(text))
         # named parameters only where the config asks for them, so that files hold no idle tensors
-        learns, experts = config.weighting in LEARNED, config.num_experts
-        self.bias = nn.Parameter(torch.zeros(experts)) if config.router_bias else None
-        self.scale = start_at_one(config.weighting, experts) if learns else None
+        self.bias = nn.Parameter(torch.zeros(config.num_experts)) if config.router_bias else None
+        self.scale: nn.Parameter | None = None
+        if config.weighting in LEARNED:
+            self.scale = nn.Parameter(start_at_one(config.weighting, config.num_experts))
         self.layer = layer
 
     def score(self, x_TD: torch.Tensor) -> torch.Tensor:
