@@ -346,6 +346,7 @@ class Offload:
         for shelf in self._shelves:
             shelf.clear()
             shelf.banks.clear()
+            shelf.staging = None
         self._staging.clear()
 
     def _expert(self, key: int) -> list[torch.Tensor]:

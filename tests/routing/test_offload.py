@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -291,6 +294,20 @@ def test_the_device_never_holds_all_experts(tmp_path):
         assert off.host_bytes == 3 * EXPERTS * off.expert_bytes
     assert off.device_bytes == 0
     assert torch.equal(run(off.model, prompt()), run(moesaic.load(tmp_path), prompt()))
+
+
+def test_slots_are_let_go_of_while_the_counts_stay():
+    model = tiny("mixtral", layers=3)
+    with moesaic.offload(model, cache=1.0) as off:
+        run(model, prompt())
+        shelves = off._shelves
+        banks = [bank for shelf in shelves for bank in (*shelf.banks, shelf.staging.bank)]
+        alive = [weakref.ref(tensor) for bank in banks for tensor in bank.tensors.values()]
+        assert alive
+        del shelves, banks
+    gc.collect()
+    assert off.loads > 0
+    assert not [tensor for tensor in alive if tensor() is not None]
 
 
 def test_half_precision_in_rounds_rounds_no_more():
