@@ -173,29 +173,29 @@ def rates(plan: Plan) -> Iterable[str]:
 
 
 def figure(plan: Plan, path: Path) -> bool:
-    """Draw loss over tokens, a panel for each number of active experts; False without runs."""
+    """Draw loss over tokens, a panel for each number of active experts; False without runs.
+
+    Solid: ours; dashed: as published; dotted: a published split, or pruning, and what was added.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
     matplotlib.rcParams["svg.hashsalt"] = "moesaic"  # the same figures give the same file
     actives = [k for k in plan.actives if k in (2, 4)]
-    drawn = Figure(figsize=(5.2 * len(actives), 4.6), layout="constrained")
+    drawn = Figure(figsize=(4.4 * len(actives) + 2.2, 4.6), layout="constrained")
     points = [0, *plan.budgets]
-    some = False
+    looks = _looks(plan.trained())
+    some: dict[str, Any] = {}
     for place, top_k in enumerate(actives):
         axes = drawn.add_subplot(1, len(actives), place + 1)
-        for number, method in enumerate((DENSE, *plan.methods)):
+        for method, look in looks.items():
             size = plan.experts if method == DENSE else top_k
             by = [_losses(plan, method, size, budget) for budget in points]
             known = [(x, statistics.mean(y)) for x, y in enumerate(by) if y]
             if len(known) < 2:
                 continue
-            some = True
-            look: dict[str, Any] = {"color": "black", "linestyle": "--"}
-            if method != DENSE:
-                style = ("-", ":", "-.")[(number - 1) // 10]
-                look = {"color": f"C{number % 10}", "linestyle": style}
-            axes.plot(*zip(*known, strict=True), marker="o", markersize=3, label=method, **look)
+            line = axes.plot(*zip(*known, strict=True), marker="o", markersize=3, **look)
+            some.setdefault(method, line[0])
         axes.set_xticks(range(len(points)), [f"{b / 1e6:g} M" for b in points])
         axes.set_title(f"{top_k} of {plan.experts} experts active")
         axes.set_xlabel("tokens of continual pre-training")
@@ -204,11 +204,25 @@ def figure(plan: Plan, path: Path) -> bool:
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
         axes.grid(alpha=0.3, which="both")
-        if axes.lines:
-            axes.legend(fontsize=7)
     if some:
+        drawn.legend(list(some.values()), list(some), loc="outside right upper", fontsize=8)
         drawn.savefig(path, metadata={"Date": None})
-    return some
+    return bool(some)
+
+
+def _looks(methods: list[str]) -> dict[str, dict[str, Any]]:
+    """The line of each method: the dense model's first, no two alike."""
+    from benchmarks.construction import PUBLISHED
+
+    kinds: dict[str, list[str]] = {"-": [], ":": [], "--": []}
+    for method in methods:
+        ours = method.startswith(("energy", "layerwise"))
+        kinds["-" if ours else "--" if method in PUBLISHED else ":"].append(method)
+    found: dict[str, dict[str, Any]] = {DENSE: {"color": "black", "linewidth": 2}}
+    for style, those in kinds.items():
+        for number, method in enumerate(those):
+            found[method] = {"color": f"C{number % 10}", "linestyle": style}
+    return found
 
 
 def _conversions(plan: Plan) -> list[dict[str, Any]]:
