@@ -114,7 +114,12 @@ class LayerStream:
             position_ids=positions,
         )
         residual_BCD = rows_BCD + out_BCD
-        return residual_BCD, module.post_attention_layernorm(residual_BCD)
+        return residual_BCD, self.reads(module, residual_BCD)
+
+    def reads(self, module: Any, residual_BCD: torch.Tensor) -> torch.Tensor:
+        """What the feed-forward part of a layer reads of the residual stream, of the same shape."""
+        normed_BCD: torch.Tensor = module.post_attention_layernorm(residual_BCD)
+        return normed_BCD
 
     @torch.inference_mode()
     def attend(self, module: Any, hidden_BCD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

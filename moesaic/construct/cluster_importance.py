@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from moesaic.construct.activations import LayerStream
 from moesaic.construct.dense import DenseModel
+from moesaic.construct.free.head import head_of
 from moesaic.core.console import track
 from moesaic.core.errors import UserError
 
@@ -104,8 +105,8 @@ def _score_group(
         for layer in range(dense.layers):
             module: Any = stream.load(layer)
             blocks = (stream.block(module, hidden) for hidden in inputs[-1])
-            inputs.append([residual + module.mlp(normed) for residual, normed in blocks])
-    gradients = _top(dense, inputs.pop(), group)
+            inputs.append([stream.finish(module, x, module.mlp(normed)) for x, normed in blocks])
+    gradients = _top(stream, inputs.pop(), group)
     for layer in reversed(range(dense.layers)):
         module = stream.load(layer)
         for place, (hidden, batch) in enumerate(zip(inputs.pop(), group, strict=True)):
@@ -114,7 +115,8 @@ def _score_group(
             mlp = module.mlp
             neurons_BCF = mlp.act_fn(mlp.gate_proj(normed)) * mlp.up_proj(normed)
             neurons_BCF.retain_grad()
-            (residual + mlp.down_proj(neurons_BCF)).backward(gradients[place])
+            out = stream.finish(module, residual, mlp.down_proj(neurons_BCF))
+            out.backward(gradients[place])
             assert hidden.grad is not None
             assert neurons_BCF.grad is not None
             gradients[place] = hidden.grad
@@ -126,19 +128,16 @@ def _score_group(
 
 
 def _top(
-    dense: DenseModel, hidden: list[torch.Tensor], group: list[TokenBatch]
+    stream: LayerStream, hidden: list[torch.Tensor], group: list[TokenBatch]
 ) -> list[torch.Tensor]:
     """Gradients of every batch's mean loss with respect to the last hidden states."""
-    from transformers.models.llama.modeling_llama import LlamaRMSNorm
-
-    (embeddings,), (norm, *head) = dense.outer()
-    final = LlamaRMSNorm(dense.hidden, eps=dense.config["rms_norm_eps"])
-    final.weight.data = dense.read(norm).float()
-    weight_VD = dense.read(head[0] if head else embeddings).float()
+    final, head = stream.norm_after(stream.dense.layers - 1), head_of(stream)
     gradients = []
     for states, batch in zip(hidden, group, strict=True):
         states = states.detach().requires_grad_()
-        logits = final(states)[:, :-1] @ weight_VD.T
+        logits = final(states)[:, :-1] @ head.weight_VD.T
+        if head.cap is not None:
+            logits = head.cap * torch.tanh(logits / head.cap)
         loss = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), batch.labels_BC[:, 1:].flatten(), ignore_index=-100
         )

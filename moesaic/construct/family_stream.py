@@ -58,11 +58,12 @@ class FamilyStream(LayerStream):
         empty.num_hidden_layers = 0
         if getattr(empty, "layer_types", None) is not None:
             empty.layer_types = []
-        base = type(whole)(empty)
+        with torch.inference_mode(False):  # some rotary tables are made again for longer rows
+            base = type(whole)(empty)
+            base.rotary_emb = type(base.rotary_emb)(self.config)
         base.config = self.config
         if hasattr(whole, "has_sliding_layers"):  # Qwen and SmolLM count kinds of layers once
             base.has_sliding_layers = whole.has_sliding_layers
-        base.rotary_emb = type(base.rotary_emb)(self.config)
         base.norm = nn.Identity()
         base.layers = nn.ModuleList([_Witness(layer) for layer in self._layers])
         self._base: Any = base.eval().to(device)
@@ -77,7 +78,7 @@ class FamilyStream(LayerStream):
             table = self.dense.read(self.dense.outer()[0][0]).to(self.device).float()
             self._embedding.weight = nn.Parameter(table, requires_grad=False)
         # What the first layer is given: some versions scale in the model, some in the embedding.
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             parts = []
             for rows in ids_BC.split(ROWS_AT_ONCE):
                 self._base(input_ids=rows.to(self.device), use_cache=False)
@@ -112,6 +113,14 @@ class FamilyStream(LayerStream):
         residual_BCD: torch.Tensor = out[0] if isinstance(out, tuple) else out
         assert probe.x is not None
         return residual_BCD, probe.x
+
+    def reads(self, module: Any, residual_BCD: torch.Tensor) -> torch.Tensor:
+        """With norms behind both parts, Gemma has one more in front; OLMo2 reads the stream."""
+        if not self.output_norms(module):
+            return super().reads(module, residual_BCD)
+        norm = getattr(module, "pre_feedforward_layernorm", None)
+        normed_BCD: torch.Tensor = residual_BCD if norm is None else norm(residual_BCD)
+        return normed_BCD
 
     def norm_after(self, layer: int) -> nn.Module:
         """The norm that reads the stream after a layer; nothing where the family has none there."""

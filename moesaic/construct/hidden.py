@@ -38,6 +38,7 @@ class HiddenLayer:
     """One layer, its attention done: `hidden_BCD` is the residual stream before the MLP."""
 
     layer: int
+    stream: LayerStream
     module: Any
     hidden_BCD: torch.Tensor
     real_BC: torch.Tensor
@@ -46,7 +47,7 @@ class HiddenLayer:
         """Yield the MLP's inputs of real tokens, a few rows at a time: [t, D]."""
         for rows, real in zip(self.hidden_BCD.split(_ROWS), self.real_BC.split(_ROWS), strict=True):
             with torch.inference_mode():
-                yield self.module.post_attention_layernorm(rows)[real]
+                yield self.stream.reads(self.module, rows)[real]
 
     def pick(self, places_N: torch.Tensor) -> torch.Tensor:
         """The features of some real tokens, given their ascending numbers: [N, D]."""
@@ -91,9 +92,9 @@ def hidden_layers(
             module: Any = stream.load(layer)
             for rows in hidden_BCD.split(_ROWS):
                 rows.copy_(stream.block(module, rows)[0])
-            yield HiddenLayer(layer, module, hidden_BCD, real_BC)
+            yield HiddenLayer(layer, stream, module, hidden_BCD, real_BC)
             for rows in hidden_BCD.split(_ROWS):
-                rows += module.mlp(module.post_attention_layernorm(rows))
+                rows.copy_(stream.finish(module, rows, module.mlp(stream.reads(module, rows))))
 
 
 def hidden_gates(

@@ -76,6 +76,57 @@ def test_the_stream_sees_what_the_model_sees(
         torch.testing.assert_close(found, given, atol=1e-5, rtol=1e-5)
 
 
+LONG = {
+    "original_max_position_embeddings": 16,  # shorter than the rows: the table is made again
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0, 1.5],
+        "long_factor": [2.0, 4.0],
+        "original_max_position_embeddings": 16,
+    },
+}
+
+
+@pytest.mark.parametrize(("kind", "fields"), [*((kind, {}) for kind in FAMILIES), ("phi3", LONG)])
+def test_hidden_features_and_their_importance_are_the_model_s(
+    kind: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    """Norms differ between families, and so does what is done to the logits."""
+    from moesaic.construct.cluster_importance import TokenBatch, cluster_importance
+    from moesaic.construct.hidden import hidden_layers
+
+    dense = write_family(tmp_path / "dense", kind, **fields)
+    options = {"attn_implementation": "eager"} if kind == "gemma2" else {}
+    model: Any = moesaic.load(dense, **options)
+    features: list[torch.Tensor] = []
+    neurons: list[torch.Tensor] = []
+
+    def keep(_: Any, given: tuple[torch.Tensor, ...]) -> None:
+        given[0].retain_grad()
+        neurons.append(given[0])
+
+    for layer in model.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda _, given: features.append(given[0].detach()))
+        layer.mlp.down_proj.register_forward_pre_hook(keep)
+    ids = torch.randint(0, 61, (10, 24), generator=torch.Generator().manual_seed(1))
+    model(ids, labels=ids).loss.backward()
+
+    opened = open_dense(dense)
+    for seen in hidden_layers(opened, ids):
+        found = torch.cat(list(seen.features()))
+        wanted = features[seen.layer].flatten(0, 1)
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    batch = TokenBatch(ids, ids, torch.ones_like(ids, dtype=torch.bool))
+    scores_LEF, _ = cluster_importance(opened, torch.zeros(3, 1, 32), [batch])
+    for layer, h in enumerate(neurons):
+        assert h.grad is not None
+        change_F = (h * h.grad).abs().flatten(0, 1).mean(0).detach()
+        torch.testing.assert_close(
+            torch.from_numpy(scores_LEF[layer, 0]), change_F, atol=1e-8, rtol=1e-3
+        )
+
+
 def test_fused_gate_and_up_are_seen_apart(tmp_path: Path) -> None:
     dense = write_family(tmp_path / "dense", "phi3", dtype=torch.bfloat16)
     fused = Checkpoint(dense).read("model.layers.1.mlp.gate_up_proj.weight")
