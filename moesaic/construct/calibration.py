@@ -24,7 +24,7 @@ def calibration_rows(
     few for that, they are read one after the other without a gap. Raises UserError when there is no
     data, or too little for the experts.
     """
-    from moesaic.data import calibration_batches
+    from moesaic.data.batches import TooShort, calibration_batches
     from moesaic.models.tokenizer import load_tokenizer
 
     if data is None:
@@ -35,7 +35,13 @@ def calibration_rows(
     tokenizer, wanted = load_tokenizer(model), max(1, tokens // context)
     for starts in (True, False):
         sizes = {"tokens": 4 * tokens, "context": context}
-        rows_BC = torch.cat(list(calibration_batches(data, tokenizer, **sizes, starts=starts)))
+        try:
+            rows_BC = torch.cat(list(calibration_batches(data, tokenizer, **sizes, starts=starts)))
+        except TooShort as error:
+            raise UserError(
+                f"{error} {experts} experts need at least {LEAST * experts} tokens, better 100 "
+                "times as many."
+            ) from None
         if len(rows_BC) >= wanted:
             break
     generator = torch.Generator().manual_seed(seed)

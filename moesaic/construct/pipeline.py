@@ -189,7 +189,7 @@ def _make(
     dense_loss: Mapping[str, float] | None = None,
 ) -> Construction:
     """Make every layer; write the stages that have a place there and measure them."""
-    started = time.monotonic()
+    asked = started = time.monotonic()
     check_seed(recipe.seed)
     dense = open_dense(model)
     check_recipe(recipe, dense)
@@ -204,6 +204,11 @@ def _make(
         experts=recipe.experts,
         seed=recipe.seed,
     )
+    losses: dict[str, Mapping[str, float] | None] = {"dense": dense_loss}
+    if recipe.held_out is not None and dense_loss is None:
+        # First, so that text which cannot be read is said before the work, not after it.
+        losses["dense"] = held_out(model, dense, recipe)
+        started = time.monotonic()
     made = Construction(dense, recipe)
     split = SplitChoice(dense, recipe)
     routed, selects = recipe.experts - recipe.shared, made.selects
@@ -249,11 +254,8 @@ def _make(
     name_the_uncovered(made.split())
     name_the_unrefined(facts)
     made.seconds |= {**maker.seconds, "construct": time.monotonic() - started}
-    losses: dict[str, Mapping[str, float] | None] = {"dense": dense_loss}
     if recipe.held_out is not None:
-        if dense_loss is None:
-            losses["dense"] = held_out(model, dense, recipe)
         losses |= {stage: held_out(place, dense, recipe) for stage, place in places.items()}
     made.stages = stage_records(facts, recipe, losses=losses)
-    made.seconds["all"] = time.monotonic() - started
+    made.seconds["all"] = time.monotonic() - asked
     return made

@@ -27,6 +27,10 @@ def document_rows(
         yield ids[:context]
 
 
+class TooShort(UserError):
+    """Data without one full row."""
+
+
 def calibration_batches(
     data: Data,
     tokenizer: Any,
@@ -41,7 +45,7 @@ def calibration_batches(
 
     The domains take turns row by row; inside a domain, documents follow one another in their order.
     Every row is full, so there is no mask. With `starts` every row begins with a document, as
-    prompts do, and what is left of its last one is dropped. Raises UserError when the data holds
+    prompts do, and what is left of its last one is dropped. Raises TooShort when the data holds
     less than one row.
     """
     import torch
@@ -56,7 +60,7 @@ def calibration_batches(
         empty = False
         yield torch.tensor(chunk, dtype=torch.long)
     if empty:
-        raise UserError(
+        raise TooShort(
             f"the data holds less than one row of {context} tokens. "
             "Give more text or a shorter context."
         )

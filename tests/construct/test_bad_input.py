@@ -52,7 +52,17 @@ def test_text_too_short_for_the_experts(dense, tmp_path):
         construct(dense, tmp_path / "moe", data=none),
         tmp_path / "moe",
         "less than one row of 32 tokens",
+        "4 experts need at least 64 tokens",
     )
+
+
+def test_held_out_text_that_cannot_be_read_is_said_before_the_work(dense, tmp_path):
+    broken = tmp_path / "held.jsonl"
+    broken.write_text('{"words": "a"}\n')
+    other = NeuronSplit.from_labels([np.arange(48) % 4] * 5, experts=4)  # refused where work begins
+    split = other.save(tmp_path / "s.safetensors")
+    done = construct(dense, tmp_path / "moe", "--held-out", broken, "--set", f"split={split}")
+    refused(done, tmp_path / "moe", "held.jsonl:1: has no 'text'")
 
 
 @pytest.mark.parametrize(
