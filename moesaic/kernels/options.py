@@ -75,13 +75,11 @@ class KernelsConfig(Config):
 class Launch:
     """Launch parameters of the fused kernels.
 
-    `block_m`: rows of one expert in a tile (None: tuned). `group_m`: tiles of rows that share the
-    same columns of the weights before the next columns are read. `persistent`: one program per
-    multiprocessor.
+    `block_m`: rows of one expert in a tile (None: tuned). `persistent`: one program per
+    multiprocessor, where the kernels can be (see `select.why_not_persistent`).
     """
 
     block_m: int | None = None
-    group_m: int = 8
     persistent: bool = True
 
     def __str__(self) -> str:
@@ -137,7 +135,7 @@ def configure(
 
     Raises UserError for an option that would have no effect, with the reason.
     """
-    from moesaic.kernels.select import why_not_fused
+    from moesaic.kernels.select import why_not_fused, why_not_persistent
 
     global _current
     experts = list(experts)
@@ -152,6 +150,13 @@ def configure(
             raise UserError(
                 f"kernels.{given[0]} has no effect here: {reasons[0]}. Leave it out, or run where "
                 "the fused kernels do."
+            )
+    if config.moe_persistent_kernel is not None:
+        where = device or next(experts[0].parameters()).device
+        refused = why_not_persistent(where, config.moe_group_size)
+        if refused is not None:
+            raise UserError(
+                f"kernels.moe_persistent_kernel has no effect here: {refused}. Leave it out."
             )
     _current = config.launch
     return _current

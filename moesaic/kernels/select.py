@@ -18,6 +18,7 @@ torch.compile), through `kernels.unusual`. Each choice is said once, with its re
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -61,7 +62,7 @@ def experts_forward(
         operands = x_TD.to(compute), gate_up_EJD.to(compute), down_EDI.to(compute), top_k_index
         refused = _triton().why_not(*operands)
         if refused is None:
-            _say_fused(name)
+            _say_fused(name, x_TD.device)
             out_TD: torch.Tensor = _triton().experts(
                 *operands, top_k_weights, activation=activation, sentinels=sentinels
             )
@@ -117,6 +118,12 @@ def why_not_fused(
     x_TD = gate_up_EJD.new_empty(1, gate_up_EJD.shape[2])
     ids_TK = torch.zeros(1, 1, dtype=torch.int64, device=device)
     refused: str | None = _triton().why_not(x_TD, gate_up_EJD, down_EDI, ids_TK)
+    return refused
+
+
+def why_not_persistent(device: torch.device, tile_rows: int | None) -> str | None:
+    """Say why the Triton kernels, which run on `device`, cannot be persistent, or return None."""
+    refused: str | None = _triton().why_not_persistent(device, tile_rows)
     return refused
 
 
@@ -233,5 +240,8 @@ def say(text: str) -> None:
 
 
 @torch.compiler.assume_constant_result
-def _say_fused(name: str) -> None:
-    say(f"{name}: fused Triton kernels, {options.current()}.")
+def _say_fused(name: str, device: torch.device) -> None:
+    launch = options.current()
+    if why_not_persistent(device, launch.block_m) is not None:
+        launch = replace(launch, persistent=False)
+    say(f"{name}: fused Triton kernels, {launch}.")

@@ -111,7 +111,7 @@ def configure_kernels(
         reset()  # a run before this one in the same process may have said otherwise
         return
     experts = [model.get_submodule(layer.experts) for layer in anatomy(model).layers]
-    launch = configure(
+    configure(
         config.kernels,
         model_type=model.config.model_type,
         known_types=list(CONFIG_MAPPING.keys()),
@@ -119,8 +119,6 @@ def configure_kernels(
         device=where,
         dtype=torch.bfloat16 if how in ("mixed", "bf16") else torch.float32,
     )
-    if config.kernels.moe_kernels:
-        note(f"kernels: {launch}")
     if config.kernels.fuse_routers:
         fused = fuse_routers(model, device=where)
         if not fused.routers:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+pytest.importorskip("triton")
+
+import moesaic.kernels.triton as fused
 from moesaic.core.config import parse
 from moesaic.core.errors import UserError
 from moesaic.kernels import options, select
 from moesaic.kernels.options import KernelsConfig, Launch, configure
+from moesaic.kernels.triton import multiply
 from tests.kernels.families import tiny
 
 
@@ -22,6 +26,14 @@ def experts(monkeypatch):
 
 
 class _Takes:
+    hopper = True
+
+    @classmethod
+    def why_not_persistent(cls, device, tile_rows):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(multiply, "hopper", lambda device: cls.hopper)
+            return fused.why_not_persistent(device, tile_rows)
+
     @staticmethod
     def why_not(x_TD, gate_up_EJD, down_EDI, ids_TK):
         if {x_TD.dtype, gate_up_EJD.dtype, down_EDI.dtype} != {torch.bfloat16}:
@@ -32,12 +44,12 @@ class _Takes:
 def test_the_seeds_section_becomes_launch_parameters(experts):
     config = parse(
         KernelsConfig,
-        {"moe_kernels": True, "moe_group_size": 64, "moe_persistent_kernel": False},
+        {"moe_kernels": True, "moe_group_size": 128, "moe_persistent_kernel": False},
         source="test",
     )
     assert configure(config, experts=experts, dtype=torch.bfloat16) == options.current()
-    assert options.current() == Launch(block_m=64, persistent=False)
-    assert str(options.current()) == "tiles of 64 rows, one program a tile"
+    assert options.current() == Launch(block_m=128, persistent=False)
+    assert str(options.current()) == "tiles of 128 rows, one program a tile"
     assert config.implementation == "moesaic"
 
 
@@ -92,6 +104,41 @@ def test_launch_options_without_fused_kernels_are_refused(given, monkeypatch):
     with pytest.raises(UserError, match="biases"):
         configure(KernelsConfig(**given), experts=unusual)
     assert options.current() == Launch()
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_tiles_that_have_a_program_each_cannot_be_persistent(wanted, experts, monkeypatch):
+    asked = {"moe_persistent_kernel": wanted, "moe_group_size": 64}
+    with pytest.raises(UserError, match="moe_persistent_kernel has no effect here: tiles of 64"):
+        configure(KernelsConfig(**asked), experts=experts, dtype=torch.bfloat16)
+    for rows in (None, 128):
+        asked["moe_group_size"] = rows
+        launch = configure(KernelsConfig(**asked), experts=experts, dtype=torch.bfloat16)
+        assert launch == Launch(block_m=rows, persistent=wanted)
+    monkeypatch.setattr(_Takes, "hopper", False)
+    with pytest.raises(
+        UserError, match=r"moe_persistent_kernel has no effect here: only .* Hopper"
+    ):
+        configure(KernelsConfig(**asked), experts=experts, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("launch", "hopper", "words"),
+    [
+        (Launch(), True, "tuned tiles, persistent."),
+        (Launch(block_m=128, persistent=False), True, "tiles of 128 rows, one program a tile."),
+        (Launch(block_m=64), True, "tiles of 64 rows, one program a tile."),
+        (Launch(), False, "tuned tiles, one program a tile."),
+    ],
+)
+def test_what_is_said_is_what_runs(launch, hopper, words, experts, monkeypatch):
+    said = []
+    monkeypatch.setattr(select, "_said", {})
+    monkeypatch.setattr(select, "note", said.append)
+    monkeypatch.setattr(_Takes, "hopper", hopper)
+    with options.using(launch):
+        select._say_fused("Experts", torch.device("cpu"))
+    assert said == [f"Experts: fused Triton kernels, {words}"]
 
 
 def test_the_type_that_counts_is_that_of_the_products(experts):

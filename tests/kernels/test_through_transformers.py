@@ -191,6 +191,9 @@ class _Fused:
         self.asked.append({x_TD.dtype, gate_up_EJD.dtype, down_EDI.dtype})
         return self.reason
 
+    def why_not_persistent(self, device, tile_rows):
+        return None
+
     def experts(self, *operands, activation, sentinels):
         self.ran.append((activation, sentinels))
         return grouped.experts(*operands, activation=activation, sentinels=sentinels)
@@ -232,6 +235,10 @@ class _Traced:
     @staticmethod
     def why_not(x_TD, gate_up_EJD, down_EDI, ids_TK):
         return None if gate_up_EJD.is_contiguous() else "strides"
+
+    @staticmethod
+    def why_not_persistent(device, tile_rows):
+        return None if device.type == "cpu" else "a real device"
 
     @staticmethod
     def experts(*operands, activation, sentinels):

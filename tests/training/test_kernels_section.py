@@ -67,6 +67,7 @@ def test_launch_parameters_hold_for_their_run_only(mixtral, tmp_path, monkeypatc
     monkeypatch.setattr(options, "_current", Launch())
     with monkeypatch.context() as patch:
         patch.setattr(select, "why_not_fused", lambda module, **where: None)
+        patch.setattr(select, "why_not_persistent", lambda device, tile_rows: None)
         seen = []
         ours = grouped.experts
         patch.setattr(

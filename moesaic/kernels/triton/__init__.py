@@ -44,6 +44,21 @@ def why_not(
     return None
 
 
+def why_not_persistent(device: torch.device, tile_rows: int | None) -> str | None:
+    """Say why one program computes one tile on `device`, whatever is asked, or return None.
+
+    `tile_rows` as in `options.Launch.block_m`.
+    """
+    from moesaic.kernels.triton.metadata import TILE_ROWS
+    from moesaic.kernels.triton.multiply import hopper
+
+    if not hopper(device):
+        return "only the kernels for Hopper GPUs can be persistent"
+    if tile_rows not in (None, TILE_ROWS):
+        return f"tiles of {tile_rows} rows take one program each, only those of {TILE_ROWS} share"
+    return None
+
+
 def experts(
     x_TD: torch.Tensor,
     gate_up_EJD: torch.Tensor,
