@@ -32,6 +32,7 @@ from moesaic.kernels.operator import Notes, Operator
 from moesaic.kernels.reference import GELU, Activation, activate
 
 _FEW_ROWS = 32  # routed rows, and experts
+_NEW_TORCH = torch.__version__ >= "2.11"  # as versions, not as texts: a TorchVersion
 
 
 def choose_backend(
@@ -88,9 +89,14 @@ def compute_dtype(x_TD: torch.Tensor, gate_up_EJD: torch.Tensor) -> torch.dtype:
 
 
 def _aligned(*weights: torch.Tensor) -> bool:
-    """Whether weights lie as the grouped matmul wants them (a memory-mapped file may not)."""
+    """Whether weights lie as the grouped matmul wants them (in a memory-mapped file they may not).
+
+    Since torch 2.11 a CPU takes any address.
+    """
+    anywhere = weights[0].device.type == "cpu" and _NEW_TORCH
     return all(
-        (w.is_contiguous() or w.transpose(1, 2).is_contiguous()) and w.data_ptr() % ALIGNMENT == 0
+        (w.is_contiguous() or w.transpose(1, 2).is_contiguous())
+        and (anywhere or w.data_ptr() % ALIGNMENT == 0)
         for w in weights
     )
 

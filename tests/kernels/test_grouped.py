@@ -222,7 +222,26 @@ def test_float32_routing_weights_are_not_rounded_to_bf16():
     assert not torch.equal(wide, rounded)
 
 
-def test_unaligned_and_strided_weights_take_the_loop():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_cpu_takes_weights_at_any_address(dtype):
+    """As those of a file in memory, which transformers does not copy for GraniteMoE or GPT-OSS."""
+    x, gate_up, down, ids, weights = _problem(dtype=dtype)
+    shifted = [
+        torch.empty(w.numel() + 1, dtype=dtype)[1:].view_as(w).copy_(w) for w in (gate_up, down)
+    ]
+    assert all(w.data_ptr() % 16 for w in shifted)
+    assert grouped.choose_backend(x, *shifted) == ("grouped", None)
+    wanted = [x.requires_grad_(), gate_up.requires_grad_(), down.requires_grad_()]
+    found = [x, *(w.requires_grad_() for w in shifted)]
+    results = []
+    for leaves in (wanted, found):
+        out = grouped.experts(*leaves, ids, weights)
+        results.append([out, *torch.autograd.grad(out, leaves, torch.ones_like(out))])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_unaligned_and_strided_weights_take_the_loop(monkeypatch):
+    monkeypatch.setattr(grouped, "_NEW_TORCH", False)
     x, gate_up, down, ids, weights = _problem()
     shifted = torch.empty(gate_up.numel() + 1)[1:].view_as(gate_up).copy_(gate_up)
     strided = down.repeat_interleave(2, dim=2)[:, :, ::2]
