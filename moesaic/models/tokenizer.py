@@ -40,9 +40,9 @@ def load_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
     # The model's config is ours to read: transformers asks on the terminal whether to run the code
     # that an unknown model_type, or none, comes with.
     options: dict[str, Any] = {"trust_remote_code": False, **_config(given)}
-    needs_code = _needs_code(folder)
+    from_file = _needs_code(folder) or _of_no_family(folder)
     try:
-        if needs_code:
+        if from_file:
             return PreTrainedTokenizerFast.from_pretrained(folder)
         return AutoTokenizer.from_pretrained(given, **options)
     except Exception as error:  # transformers raises what it likes: OSError, ValueError, KeyError
@@ -86,3 +86,16 @@ def _needs_code(folder: Path) -> bool:
             "which is never run. Convert it to a tokenizer.json where you trust it."
         )
     return True
+
+
+def _of_no_family(folder: Path) -> bool:
+    """Whether a directory says that tokenizer.json is all there is to its tokenizer.
+
+    transformers takes the class of the model's family all the same, and Qwen2's cuts text by its
+    own rules, whatever the file says.
+    """
+    file = folder / "tokenizer_config.json"
+    if not file.is_file() or not (folder / "tokenizer.json").is_file():
+        return False
+    named = read_json(file, cure="Download it again.").get("tokenizer_class")
+    return named in ("PreTrainedTokenizerFast", "TokenizersBackend")

@@ -58,6 +58,15 @@ def test_a_tokenizer_that_is_only_code_is_refused(folder):
         load_tokenizer(directory)
 
 
+@pytest.mark.parametrize("named", ["PreTrainedTokenizerFast", "TokenizersBackend"])
+def test_a_tokenizer_of_no_family_is_what_its_file_says(folder, named):
+    """transformers would cut text as Qwen2 does, and find none of these words."""
+    config = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+    tokenizer = load_tokenizer(folder(config, {"tokenizer_class": named, "eos_token": "b"}))
+    assert tokenizer("a b")["input_ids"] == [0, 1]
+    assert tokenizer.eos_token_id == 1
+
+
 def test_an_alias_is_looked_for_on_the_hub(monkeypatch):
     asked = []
 
