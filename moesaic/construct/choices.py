@@ -102,8 +102,9 @@ class RouterChoice:
             self._layers = iter([{"weight": torch.from_numpy(gate)} for gate in split.gates_LED])
             return
         network = router.networks[0]
-        if dense.mixture == "moesaic_moe" and "linear" in router.networks:
-            network = "linear"  # its routers are one matrix
+        one_matrix = dense.mixture == "moesaic_moe" or recipe.refine is not None
+        if one_matrix and "linear" in router.networks:
+            network = "linear"
         _check_network(dense, network)
         if isinstance(router, CalibratedRouter):
             self._fitter = router

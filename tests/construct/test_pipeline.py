@@ -236,6 +236,9 @@ def test_routers_of_either_network_are_one_matrix_where_only_that_goes(dense, tm
     torch.testing.assert_close(found.detach(), made.layers[1].router["weight"])
     with pytest.raises(UserError, match="routes by one matrix; the router is of network glu"):
         run(model, recipe(dense, split="cmoe", router="representative"))
+    # a LLaMA-MoE's router may be a network, but distillation trains one matrix
+    made = run(dense / "model", recipe(dense, split="cluster", router=router, refine="layerwise"))
+    assert list(made.layers[1].router) == ["weight"]
 
 
 def test_text_is_read_from_the_beginnings_of_documents(dense, tmp_path):
