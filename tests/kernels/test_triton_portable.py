@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -205,3 +207,34 @@ def test_compiles_for_hopper_without_spills(name, tile_rows, tmp_path):
     assert result.count("cp.async.cg") > 0  # loads run ahead of the products
     assert (result.count("wgmma.mma_async") > 0) == (tile_rows >= 64)
     assert "atom." not in result.ptx
+
+
+@compiled
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("tile_rows", [64, 128, 256])
+@pytest.mark.parametrize("name", ["_up", "_activation_gradient"])
+def test_activations_leave_no_spills_in_the_tile_that_is_launched(
+    name, tile_rows, activation, tmp_path, monkeypatch
+):
+    tiles, shared = [], 227 * 1024
+    monkeypatch.setattr(portable, "_shared", lambda device: shared)
+    monkeypatch.setattr(portable, "_launch", lambda *given, **sizes: tiles.append(given[3]))
+    x_TD, gate_up_EJD, down_EDI, *_ = _problem(40, 256, 688, 1, 1, dtype=torch.bfloat16)
+    none_N = torch.zeros(40, dtype=torch.int32)
+    empty = dict.fromkeys(["tile_expert", "tile_row", "tile_left", "tiles"], none_N)
+    routing = SimpleNamespace(
+        token_N=none_N, weight_N=none_N, tile_rows=tile_rows, most_tiles=1, **empty
+    )
+    if name == "_up":
+        portable.up(x_TD, gate_up_EJD, routing, activation=activation)
+    else:
+        h_NJ = x_TD.new_empty(40, 2 * 688)
+        portable.activation_gradient(x_TD, down_EDI, h_NJ, routing, activation=activation)
+    (tile,) = tiles
+    pointers, constants, *_ = KERNELS[name]
+    result = compile_for_hopper(
+        getattr(portable, name), tmp_path, pointers=pointers, warps=tile.warps, stages=tile.stages,
+        BM=tile_rows, BN=tile.columns, BK=tile.depth, **constants | {"ACTIVATION": activation},
+    )  # fmt: skip
+    assert result.spilled == 0
+    assert result.shared <= shared

@@ -106,7 +106,8 @@ def up(
     a_NI = x_TD.new_empty(rows, width)
     if h_NJ is None and keep_h:
         h_NJ = x_TD.new_empty(rows, 2 * width)
-    tile = _tile(routing.tile_rows, 2 * width, depth, x_TD, gate_up_EJD)
+    most = _beside_much(routing.tile_rows) if activation == "gelu" else 2 * width
+    tile = _tile(routing.tile_rows, min(2 * width, most), depth, x_TD, gate_up_EJD)
     _launch(
         _start_up, routing.most_tiles if rows else 0, 2 * width, tile,
         x_TD, routing.token_N, gate_up_EJD, *gate_up_EJD.stride(), h_NJ, a_NI, *_places(routing),
@@ -155,7 +156,7 @@ def activation_gradient(
     grad_TD, h_NJ = grad_TD.contiguous(), h_NJ.contiguous()
     count, depth, width = h_NJ.shape[0], grad_TD.shape[1], down_EDI.shape[2]
     dh_NJ, wa_NI = torch.empty_like(h_NJ), h_NJ.new_empty(count, width)
-    most = 64 if routing.tile_rows == 256 else 128  # what follows the product needs registers, too
+    most = _beside_much(routing.tile_rows)
     tile = _tile(routing.tile_rows, min(width, most), depth, grad_TD, down_EDI, h_NJ)
     parts = triton.cdiv(width, tile.columns)
     partial = torch.empty(count, parts, dtype=torch.float32, device=h_NJ.device)
@@ -196,6 +197,11 @@ def _tile(tile_rows: int, columns: int, depth: int, *operands: torch.Tensor) -> 
     strides = {stride * size for operand in operands for stride in operand.stride() if stride > 1}
     aligned = all(stride % 16 == 0 for stride in strides)
     return tile_for(tile_rows, columns, depth, itemsize=size, aligned=aligned, shared=shared)
+
+
+def _beside_much(tile_rows: int) -> int:
+    """Columns of a tile that leave registers to what follows: gradients, or an error function."""
+    return 64 if tile_rows == 256 else 128
 
 
 def _places(routing: Routing) -> tuple[torch.Tensor, ...]:
