@@ -99,9 +99,7 @@ def dense(problem: Problem) -> Contender:
 def gemm_only(problem: Problem) -> Contender:
     """Time six bare grouped matmuls on rows that are sorted already."""
     gate_up_EJD, down_EDI = (w.detach() for w in problem.inputs[1:3])
-    reason = why_not_grouped(problem.x_TD.dtype, problem.x_TD.device, tuple(down_EDI.shape[1:]))
-    if reason is not None:
-        raise Refused(reason)
+    _need_grouped(problem)
     order_N, ends_E = grouped.sort_rows(problem.ids_TK, len(down_EDI))
     x_ND = problem.x_TD.detach().index_select(0, order_N // problem.ids_TK.shape[1])
     h_NJ = F.grouped_mm(x_ND, gate_up_EJD.transpose(1, 2), offs=ends_E)
@@ -193,6 +191,9 @@ def _grouped_mm(problem: Problem) -> Contender:
 def _grouped_mm_compiled(problem: Problem) -> Contender:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+    # In other dtypes it compiles its own loop; here the compiler would log pages about the sizes.
+    if problem.x_TD.dtype == torch.bfloat16:
+        _need_grouped(problem)
     return _function(problem, torch.compile(ALL_EXPERTS_FUNCTIONS["grouped_mm"], dynamic=False))
 
 
@@ -231,6 +232,13 @@ def _liger(problem: Problem) -> Contender:
         problem,
         lambda m, x, ids, w: LigerFusedMoEFunction.apply(x, m.gate_up_proj, m.down_proj, ids_TK, w),
     )
+
+
+def _need_grouped(problem: Problem) -> None:
+    sizes = tuple(problem.module.down_proj.shape[1:])
+    reason = why_not_grouped(problem.x_TD.dtype, problem.x_TD.device, sizes)
+    if reason is not None:
+        raise Refused(reason)
 
 
 def _need(package: str, reason: str) -> None:

@@ -109,6 +109,14 @@ def test_what_does_not_fit_or_is_not_there_is_said(monkeypatch):
     assert result.timings[1].step is not None
 
 
+@pytest.mark.parametrize("name", ["grouped_mm compiled", "gemm only"])
+def test_sizes_that_torch_refuses_are_refused_before_anything_runs(name):
+    odd = Shape(64, 27, 5, 2)
+    problem = room._problem(odd, 9, torch.bfloat16, "uniform", torch.device("cpu"), 0)
+    with pytest.raises(contenders.Refused, match="multiples of 8 in bfloat16, not 27"):
+        contenders.CONTENDERS[name](problem)
+
+
 def test_presets_are_the_shapes_of_the_table():
     assert PRESETS["qwen3-30b-a3b"] == Shape(2048, 768, 128, 8)
     assert parse_shape("Mixtral-8x7B") == Shape(4096, 14336, 8, 2)
