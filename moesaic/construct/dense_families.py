@@ -72,7 +72,7 @@ _GATED = re.compile(r"\.mlp\.(gate_proj|gate_up_proj)\.weight$")
 def family_of(checkpoint: Checkpoint) -> DenseFamily:
     """Return the family of a checkpoint. Raises UserError that says which anatomy is missing."""
     kind = checkpoint.config.get("model_type")
-    if isinstance(kind, str) and kind in FAMILIES and not _routed(checkpoint.config):
+    if isinstance(kind, str) and kind in FAMILIES and not has_experts(checkpoint.config):
         return FAMILIES[kind]
     hint = nearest(str(kind), tuple(FAMILIES)) if kind else ""
     raise UserError(
@@ -220,7 +220,7 @@ class UnfusedCheckpoint(Checkpoint):
         super().release([self._halves.get(key, (key, 0))[0] for key in keys])
 
 
-def _routed(config: Mapping[str, Any]) -> bool:
+def has_experts(config: Mapping[str, Any]) -> bool:
     """Whether a DeepSeek-V3 has routed layers, as nearly all have."""
     dense = config.get("first_k_dense_replace", 3)
     return config.get("model_type") == "deepseek_v3" and dense < config["num_hidden_layers"]

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from moesaic.construct.dense_families import FAMILIES, has_experts
 from moesaic.construct.free.view import CalibratedRouter, CalibratedSplit
 from moesaic.construct.recipe import Recipe, made_before, refinement
 from moesaic.construct.routers import ROUTERS
@@ -191,10 +192,11 @@ def _construct(
         raise UserError(f"{what} names no model. Give one with --model.")
     dense, itemsize = _any_model(model)
     shape = dense.config
-    if shape.model_type not in ("llama", "mistral"):
+    if shape.model_type not in FAMILIES or has_experts(shape.to_dict()):
         raise UserError(
-            f"{model} is of type {shape.model_type!r}. Plan the construction of a "
-            "dense llama or mistral."
+            f"{model} is of type {shape.model_type!r}, not a dense model that moesaic makes experts "
+            f"of. Plan the construction of one whose model_type is one of: "
+            f"{', '.join(sorted(FAMILIES))}."
         )
     mixture = sizes(_mixture(shape, recipe))
     attention = sum(
@@ -287,7 +289,8 @@ def _refined(recipe: Recipe, machine: Machine) -> tuple[float, int, int | None, 
 
 
 def _mixture(shape: Any, recipe: Recipe) -> Any:
-    """The mixture that a dense LLaMA of this shape becomes, on the meta device."""
+    """The mixture that a dense model of this shape becomes, on the meta device."""
+    from moesaic.models.families.moesaic_moe import MoesaicMoeConfig, MoesaicMoeForCausalLM
     from moesaic.models.llama_moe import LlamaMoEConfig, LlamaMoEForCausalLM
     from moesaic.models.llama_moe_residual import (
         LlamaMoEResidualConfig,
@@ -307,6 +310,15 @@ def _mixture(shape: Any, recipe: Recipe) -> Any:
             f"layer. Use a divisor, such as {math.gcd(shape.intermediate_size, 64)}."
         )
     width = shape.intermediate_size // recipe.experts
+    if FAMILIES[shape.model_type].mixture(shape.to_dict()) == "moesaic_moe":
+        config = MoesaicMoeConfig(
+            text_config=shape,
+            num_experts=routed,
+            num_experts_per_tok=selects,
+            moe_intermediate_size=width,
+            shared_expert_intermediate_size=recipe.shared * width,
+        )
+        return on_meta(config, MoesaicMoeForCausalLM)
     fields = {
         name: getattr(shape, name)
         for name in (

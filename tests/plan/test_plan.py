@@ -23,6 +23,8 @@ from moesaic.training import setup
 from moesaic.training.distill import load_teacher
 from moesaic.training.loop import read_config
 from moesaic.training.step import build_pass
+from tests.construct.dense_family_models import FAMILIES as DENSE_FAMILIES
+from tests.construct.dense_family_models import write_family
 from tests.construct.dense_models import write_dense
 from tests.helpers import assert_user_error, run_cli
 
@@ -127,6 +129,17 @@ def test_a_plan_counts_what_the_conversion_makes(dense: Path, tmp_path: Path, sh
         cache = load(made)(input_ids=torch.ones(3, 20, dtype=torch.long)).past_key_values
     kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert memory["key-value cache"] == kept
+
+
+@pytest.mark.parametrize("kind", DENSE_FAMILIES)
+def test_every_dense_family_can_be_planned(kind: str, tmp_path: Path) -> None:
+    dense = write_family(tmp_path / "dense", kind)
+    made = convert(dense, out=tmp_path / "moe", experts=4, top_k=3, shared=1, gate="linear")
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"model: {dense}\nexperts: 4\ntop_k: 3\nshared: 1\n")
+    found, real = plan(file, machine=MACHINE), anatomy(made)
+    assert (found.parameters, found.active) == (real.params_total, real.params_active)
+    assert found.seconds["construct"]["run the text"] > 0
 
 
 def test_parts_are_what_they_are_called(dense: Path) -> None:
