@@ -194,9 +194,8 @@ def _construct(
     shape = dense.config
     if shape.model_type not in FAMILIES or has_experts(shape.to_dict()):
         raise UserError(
-            f"{model} is of type {shape.model_type!r}, not a dense model that moesaic makes experts "
-            f"of. Plan the construction of one whose model_type is one of: "
-            f"{', '.join(sorted(FAMILIES))}."
+            f"{model} is of type {shape.model_type!r}, not a dense model that experts are made of. "
+            f"Plan the construction of one of: {', '.join(sorted(FAMILIES))}."
         )
     mixture = sizes(_mixture(shape, recipe))
     attention = sum(
