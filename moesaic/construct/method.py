@@ -27,6 +27,7 @@ __all__ = [
     "Projection",
     "SplitInputs",
     "SplitMethod",
+    "check_division",
     "read_model_config",
     "resolve_method",
 ]
@@ -104,14 +105,19 @@ class SplitInputs:
 
     def check_division(self) -> None:
         """Raise UserError unless the neurons divide by the experts."""
-        if self.width % self.experts:
-            near = [
-                e for e in range(1, self.width + 1) if self.width % e == 0 and e <= 4 * self.experts
-            ]
-            raise UserError(
-                f"experts={self.experts} does not divide the {self.width} neurons of a layer. "
-                f"Use a divisor, such as {', '.join(map(str, near[-4:]))}."
-            )
+        check_division(self.experts, self.width)
+
+
+def check_division(experts: int, width: int) -> None:
+    """Raise UserError unless `experts` divides a layer's `width` neurons; names what would."""
+    if width % experts:
+        below = max(e for e in range(1, min(experts, width + 1)) if width % e == 0)
+        above = next((e for e in range(experts + 1, width + 1) if width % e == 0), None)
+        near = f"{below}" if above is None else f"{below} or {above}"
+        raise UserError(
+            f"experts={experts} does not divide the {width} neurons of a layer. "
+            f"Use a divisor, such as {near}."
+        )
 
 
 class SplitMethod(Config):

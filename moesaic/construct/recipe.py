@@ -16,6 +16,7 @@ from moesaic.construct.agreement import check_top_k
 from moesaic.construct.dense import DenseModel
 from moesaic.construct.free.distil import Distillation
 from moesaic.construct.legacy_v2 import SUFFIXES
+from moesaic.construct.method import check_division
 from moesaic.construct.weighting import StartingAtOne
 from moesaic.construct.weightings import WEIGHTINGS
 from moesaic.core.config import Config, parse
@@ -105,11 +106,7 @@ def check_recipe(recipe: Recipe, dense: DenseModel) -> None:
             "experts on. Use `moesaic convert`."
         )
     check_top_k(recipe.top_k, recipe.experts, recipe.shared)
-    if dense.width % recipe.experts:
-        raise UserError(
-            f"experts={recipe.experts} does not divide the {dense.width} neurons of a layer. "
-            "Use a divisor."
-        )
+    check_division(recipe.experts, dense.width)
 
 
 def stage_names(recipe: Recipe) -> list[str]:

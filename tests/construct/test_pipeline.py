@@ -263,7 +263,7 @@ def test_what_is_missing_is_said(dense, caplog):
         ({"tokens": 64, "experts": 12}, "12 experts: at least 192 are needed"),
         ({"top_k": 5}, "top_k=5"),
         ({"shared": 2}, "at least 3"),
-        ({"experts": 5}, "does not divide"),
+        ({"experts": 5}, "does not divide the 48 .* such as 4 or 6."),
         ({"refine": "endtoend"}, "Use layerwise"),
         ({"refine": "layerwise", "weighting": "softmax"}, "weighting: tempered or one"),
         ({"split": "enrgy"}, "Did you mean 'energy'"),

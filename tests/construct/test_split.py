@@ -170,7 +170,8 @@ def test_files_that_are_no_split_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"experts": 5}, "experts=5 does not divide the 64 neurons"),
+        ({"experts": 5}, "experts=5 does not divide the 64 neurons .* such as 4 or 8."),
+        ({"experts": 65}, "such as 64."),
         ({"experts": 0}, "experts=0"),
         ({"experts": 4, "shared": 4}, "fewer shared than experts"),
         ({"experts": 4, "method": "clustr"}, "Did you mean 'cluster'"),
