@@ -196,13 +196,13 @@ def config_of(source: Source, **kwargs: Any) -> tuple[PreTrainedConfig, dict[str
     for override in source.overrides.values():
         config_class = override.config or config_class
     config = config_class.from_dict(dict(source.fields))
-    _check_top_k(config)
     rest = {}
     for key, value in kwargs.items():
         if key in _NOT_OF_THE_CONFIG or not hasattr(config, key):
             rest[key] = value
         else:
             setattr(config, key, value)
+    _check_top_k(config)
     return config, rest
 
 
@@ -213,7 +213,8 @@ def _check_top_k(config: PreTrainedConfig) -> None:
     experts = _first(text, NUM_EXPERTS)
     if chosen is not None and experts is not None and chosen[1] > experts[1] > 1:
         raise UserError(
-            f"{chosen[0]}={chosen[1]} but the model has {experts[1]} experts. Correct config.json."
+            f"{chosen[0]}={chosen[1]} but the model has {experts[1]} experts. "
+            f"Give 1 to {experts[1]}."
         )
 
 
@@ -231,6 +232,8 @@ def _from_pretrained(
         if "config" not in kwargs and "gguf_file" not in kwargs:
             config, kwargs = config_of(source, **kwargs)
             kwargs["config"] = config
+        elif isinstance(kwargs.get("config"), PreTrainedConfig):
+            _check_top_k(kwargs["config"])
         # Mismatched sizes are taken here and refused below, where all of them are listed.
         result: Any = corrected(cls, source.overrides).from_pretrained(
             source.location,
@@ -245,7 +248,7 @@ def _from_pretrained(
         raise UserError(f"{source.name}: {error}") from error
     except KeyError as error:  # an activation or rope type that transformers looks up
         raise UserError(
-            f"{source.name} cannot be loaded: config.json names {error}, which transformers does "
+            f"{source.name} cannot be loaded: its config names {error}, which transformers does "
             "not know. Correct it."
         ) from error
     except (OSError, ValueError, TypeError, ImportError, StrictDataclassError) as error:

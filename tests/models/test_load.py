@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import moesaic
@@ -87,6 +88,26 @@ def test_from_pretrained_keywords_pass_through(mixtral):
     assert model.config._experts_implementation == "eager"
     assert model.config.output_router_logits
     assert moesaic.load(mixtral).config._experts_implementation == "moesaic"
+
+
+def test_bad_fields_are_refused_whatever_way_they_come(mixtral):
+    v2 = FAMILIES / "llama_moe_v2"
+    for directory, fields, words in (
+        (v2, {"balance_loss": "swich"}, "Did you mean 'switch'. Available: constant-original"),
+        (v2, {"num_experts_per_tok": 99}, "num_experts_per_tok=99 but the model has"),
+        (FAMILIES / "llama_moe", {"load_rule": "foo"}, "'foo'. Available: original, shazeer"),
+        (mixtral, {"num_experts_per_tok": 9}, "has 4 experts. Give 1 to 4"),
+    ):
+        with pytest.raises(UserError, match=words):
+            moesaic.load(directory, **fields)
+        config = moesaic.load(directory).config
+        for name, value in fields.items():
+            setattr(config, name, value)
+        with pytest.raises(UserError, match=words):
+            moesaic.load(directory, config=config)
+    with pytest.raises(UserError, match="shazeer"):  # without us between
+        AutoModelForCausalLM.from_pretrained(FAMILIES / "llama_moe", load_rule="foo")
+    assert moesaic.load(v2, balance_loss="constant-original").config.balance_loss != "switch"
 
 
 def test_a_dense_model_loads_without_an_experts_implementation(tmp_path):
