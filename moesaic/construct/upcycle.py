@@ -49,14 +49,14 @@ def upcycle(
     experts: int | None = None,
     top_k: int = 2,
     shared: int = 0,
-    layout: LayoutName = "llama_moe",
+    layout: LayoutName | None = None,
     data: Any = None,
     seed: int = 0,
     verify: Verify = "auto",
     overwrite: bool = False,
     max_shard_bytes: int = 5_000_000_000,
 ) -> Path:
-    """Turn one dense LLaMA, or several of one shape, into a mixture with more parameters.
+    """Turn one dense model, or several of one shape, into a mixture with more parameters.
 
     Args:
         models: directory of the dense checkpoint, or a list of them for the method join.
@@ -65,7 +65,8 @@ def upcycle(
         experts: all experts of a layer, shared ones included; join takes the number of models.
         top_k: experts active for a token, shared ones included.
         shared: always-on copies of the (first) dense layer; every active expert weighs the same.
-        layout: "llama_moe" (with shared experts: `llama_moe_residual`) or "mixtral".
+        layout: "llama_moe" (with shared experts: `llama_moe_residual`), "moesaic_moe", which holds
+            every dense family, or "mixtral"; None: llama_moe where it computes the same attention.
         data: join: one source of text per model, in their order.
         seed: of routers, noise and neurons drawn anew.
         verify: "full" compares logits of the dense model with the mixture's as it routes, "layers"
@@ -90,6 +91,7 @@ def upcycle(
     chosen = UPCYCLES.resolve(method)
     assert isinstance(chosen, UpcycleMethod)
     inputs = _inputs(paths, chosen, experts, top_k, shared, data, seed)
+    layout = layout or inputs.dense.mixture
     scale, must_equal = chosen.scale(inputs), chosen.exact(inputs)
     drawn = make_layout(
         layout,
@@ -138,13 +140,6 @@ def _inputs(
     seed: int,
 ) -> UpcycleInputs:
     sources = [open_dense(path) for path in paths]
-    for source in sources:
-        if source.config["model_type"] not in ("llama", "mistral"):
-            raise UserError(
-                f"{source.checkpoint.path} is of type {source.config['model_type']!r}. "
-                "Give a dense llama or mistral."
-            )
-        source.need_llama("an upcycled mixture")
     if len(sources) > 1 and not method.several:
         raise UserError(
             f"{len(sources)} models were given, but {_key(method)} makes experts of one. "
@@ -207,15 +202,16 @@ def _write(
                 _Tally(inputs, read[0], x_TD, router_ED, method.scale(inputs)) if compare else None
             )
             names = layout.expert_names(layer)
-            for number, places in enumerate(names):
-                if number < inputs.experts:
-                    expert = _folded(method.expert(inputs, layer, number, read), layout.fold)
-                else:
-                    expert = read[0]
-                for place, tensor in zip(places, expert[:3], strict=True):
-                    writer.write(place, tensor)
+            for number, places in enumerate(names[: inputs.experts]):
+                expert = method.expert(inputs, layer, number, read).scaled(layout.fold)
+                _write_expert(writer, places, expert)
                 if tally is not None:
                     tally.add(number, expert, layout.fold)
+            always = layout.always(read[0])
+            for places, (expert, weight) in zip(names[inputs.experts :], always, strict=True):
+                _write_expert(writer, places, expert)
+                if tally is not None:
+                    tally.add_always(expert, weight)
             if tally is not None:
                 found.append(tally.difference())
             for source in sources:
@@ -226,10 +222,9 @@ def _write(
     return Comparison("layers", *max(found)) if found else None
 
 
-def _folded(expert: FeedForward, factor: float) -> FeedForward:
-    if factor == 1:
-        return expert
-    return expert._replace(down_DF=(expert.down_DF.float() * factor).to(expert.down_DF.dtype))
+def _write_expert(writer: CheckpointWriter, names: Sequence[str], expert: FeedForward) -> None:
+    for name, tensor in zip(names, expert[:3], strict=True):
+        writer.write(name, tensor)
 
 
 @dataclass
@@ -249,15 +244,14 @@ class _Tally:
 
     def add(self, number: int, expert: FeedForward, fold: float) -> None:
         activation = self.inputs.dense.activation
-        if number >= self.inputs.experts:
-            share = (1 - self.inputs.routed_share) / self.inputs.shared
-            self.out_TD += share * feed_forward(self.x_TD, expert, activation)
-            return
         token_N, choice_N = torch.where(self.ids_TK == number)
         if len(token_N):
             part_ND = feed_forward(self.x_TD[token_N], expert, activation) / fold
             part_ND *= self.weights_TK[token_N, choice_N, None]
             self.out_TD.index_add_(0, token_N, part_ND)
+
+    def add_always(self, expert: FeedForward, weight: float) -> None:
+        self.out_TD += weight * feed_forward(self.x_TD, expert, self.inputs.dense.activation)
 
     def difference(self) -> tuple[float, float]:
         wanted_TD = feed_forward(self.x_TD, self.dense, self.inputs.dense.activation)
@@ -276,7 +270,8 @@ def _judge(
         return {"exact": False, "difference": None}
     # Folding a factor that is no power of two into half-precision weights rounds them.
     first = inputs.dense.checkpoint.dtype(inputs.dense.ffn(0)[0])
-    rounded = math.log2(layout.fold) % 1 != 0 and first.itemsize < 4
+    odd = any(math.log2(factor) % 1 for factor in (layout.fold, layout.shared_fold))
+    rounded = odd and first.itemsize < 4
     if must_equal and not rounded and not comparison.exact:
         raise MoesaicError(
             f"The mixture differs from the dense model by {comparison.difference:.3g} "

@@ -1,8 +1,9 @@
-"""How an upcycled model is stored: our LLaMA-MoE classes, or transformers' Mixtral.
+"""How an upcycled model is stored: our LLaMA-MoE classes, our `moesaic_moe`, or Mixtral.
 
-A layout knows config, tensor names and sizes; it reads nothing. Both choose K experts by a linear
+A layout knows config, tensor names and sizes; it reads nothing. All choose K experts by a linear
 router and weight them with the softmax over those K. LLaMA-MoE has a scale on the sum and shared
-experts; Mixtral has neither, and is what vLLM and llama.cpp load.
+experts with weights of their own; `moesaic_moe` keeps the layers of every dense family, and has a
+scale and one always-on part; Mixtral has neither, and is what vLLM and llama.cpp load.
 Notation: as in upcycle_method.
 """
 
@@ -10,22 +11,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from moesaic.construct.blueprint import Blueprint, draw, mixture_config
+from moesaic.construct.blueprint_moesaic import draw_moesaic
 from moesaic.construct.dense import DenseModel
 from moesaic.construct.router import RouterInit
 from moesaic.construct.split import NeuronSplit
-from moesaic.core.errors import UserError
+from moesaic.core.errors import UserError, unknown
+from moesaic.measure.exactness import FeedForward
 from moesaic.models.writer import Planned
 
 __all__ = ["Layout", "LayoutName", "make_layout"]
 
-LayoutName = Literal["llama_moe", "mixtral"]
+LayoutName = Literal["llama_moe", "moesaic_moe", "mixtral"]
 
 _MIXTRAL_FIELDS = (
     "vocab_size",
@@ -64,11 +67,18 @@ class Layout(Protocol):
     def fold(self) -> float:
         """Factor on every routed down_proj, where the layout has no scale of its own."""
 
+    @property
+    def shared_fold(self) -> float:
+        """Factor on the always-on parts' down_proj, where the layout does not weight them."""
+
     def renamed(self, name: str) -> str:
         """The name of a tensor that is taken over."""
 
     def expert_names(self, layer: int) -> list[tuple[str, str, str]]:
-        """Names of gate, up and down of the routed experts, then of the shared ones."""
+        """Names of gate, up and down of the routed experts, then of the always-on parts."""
+
+    def always(self, dense: FeedForward) -> list[tuple[FeedForward, float]]:
+        """The always-on parts, copies of a dense layer, and the weight that each is given."""
 
     def router_tensors(self, layer: int, router_ED: torch.Tensor) -> dict[str, torch.Tensor]:
         """The router's tensors, in the type they are stored in."""
@@ -91,8 +101,14 @@ def make_layout(
 
     Raises UserError when the layout cannot hold the model.
     """
-    if name not in ("llama_moe", "mixtral"):
-        raise UserError(f"layout={name!r} was given. Use one of: llama_moe, mixtral.")
+    if name not in get_args(LayoutName):
+        raise unknown("layout", name, get_args(LayoutName))
+    if name != "moesaic_moe" and dense.mixture != "llama_moe":
+        raise UserError(
+            f"{dense.checkpoint.path} is of type {dense.config['model_type']!r}, and the layout "
+            f"{name} does not compute its attention. Use the layout moesaic_moe, which keeps every "
+            "family's own layers."
+        )
     if dense.config.get("mlp_bias"):
         raise UserError(
             f"{dense.checkpoint.path} has biases in its feed-forward layers (mlp_bias), which "
@@ -104,20 +120,33 @@ def make_layout(
     if name == "mixtral":
         return _mixtral(dense, division, selects=selects, scale=scale)
     zeros = torch.zeros(division.num_experts, dense.hidden)
+    share = selects / (selects + shared)
+    if name == "moesaic_moe":
+        router = RouterInit([{"weight": zeros}] * layers, [None] * layers)
+        generic = draw_moesaic(dense, division, router, selects=selects, scale=scale * share)
+        # Weights must add up to a constant: DeepSeek-V3's sigmoids do not.
+        generic.config.update(weighting="renormalised", routed_scaling_factor=scale * share)
+        return _Moesaic(generic, shared, 1 - share)
     always = torch.zeros(shared, dense.hidden) if shared else None
     router = RouterInit([{"weight": zeros}] * layers, [always] * layers)
-    share = selects / (selects + shared)
     blueprint = draw(
         dense, division, router, selects=selects, scale=scale * share, shared_scale=1 - share
     )
     blueprint.config["gate_add_noise"] = noise
-    return _LlamaMoE(blueprint)
+    return _LlamaMoE(blueprint, shared, 1 - share)
 
 
 @dataclass(frozen=True)
 class _LlamaMoE:
     blueprint: Blueprint
+    shared: int
+    share: float
+    """The weight of all shared experts together."""
     fold: float = 1.0
+
+    @property
+    def shared_fold(self) -> float:
+        return 1.0
 
     @property
     def config(self) -> dict[str, Any]:
@@ -128,6 +157,9 @@ class _LlamaMoE:
 
     def expert_names(self, layer: int) -> list[tuple[str, str, str]]:
         return list(self.blueprint.expert_names(layer))
+
+    def always(self, dense: FeedForward) -> list[tuple[FeedForward, float]]:
+        return [(dense, self.share / max(1, self.shared))] * self.shared
 
     def router_tensors(self, layer: int, router_ED: torch.Tensor) -> dict[str, torch.Tensor]:
         # The blueprint's own are zeros: right for shared experts, which begin with equal weights.
@@ -144,10 +176,37 @@ class _LlamaMoE:
 
 
 @dataclass(frozen=True)
+class _Moesaic(_LlamaMoE):
+    """Shared experts are one part there, and their weight is in its down projection."""
+
+    @property
+    def shared_fold(self) -> float:
+        return self.share / self.shared if self.shared else 1.0
+
+    def always(self, dense: FeedForward) -> list[tuple[FeedForward, float]]:
+        if not self.shared:
+            return []
+        gate_FD, up_FD, down_DF = dense.scaled(self.shared_fold)[:3]
+        copies = self.shared
+        wide = FeedForward(
+            gate_FD.repeat(copies, 1), up_FD.repeat(copies, 1), down_DF.repeat(1, copies)
+        )
+        return [(wide, 1.0)]
+
+    def router_tensors(self, layer: int, router_ED: torch.Tensor) -> dict[str, torch.Tensor]:
+        ((name, drawn),) = self.blueprint.router_tensors(layer).items()
+        return {name: router_ED.to(drawn.dtype)}
+
+
+@dataclass(frozen=True)
 class _Mixtral:
     dense: DenseModel
     config: dict[str, Any]
     fold: float
+
+    @property
+    def shared_fold(self) -> float:
+        return 1.0
 
     def renamed(self, name: str) -> str:
         inside = self.dense.prefix == "transformer." and name.startswith("transformer.")
@@ -158,6 +217,9 @@ class _Mixtral:
         experts = range(self.config["num_local_experts"])
         return [(f"{start}{e}.w1.weight", f"{start}{e}.w3.weight", f"{start}{e}.w2.weight")
                 for e in experts]  # fmt: skip
+
+    def always(self, dense: FeedForward) -> list[tuple[FeedForward, float]]:
+        return []
 
     def router_tensors(self, layer: int, router_ED: torch.Tensor) -> dict[str, torch.Tensor]:
         dtype = self.dense.checkpoint.dtype(self.dense.ffn(layer)[0])
@@ -190,7 +252,7 @@ def _mixtral(dense: DenseModel, division: NeuronSplit, *, selects: int, scale: f
     if division.num_shared:
         raise UserError(
             f"shared={division.num_shared} was asked of the layout mixtral, which has no shared "
-            "experts. Use the layout llama_moe."
+            "experts. Use the layout llama_moe or moesaic_moe."
         )
     if dense.config.get("attention_bias"):
         raise UserError(

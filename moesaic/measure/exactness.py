@@ -31,6 +31,12 @@ class FeedForward(NamedTuple):
     gate_bias_F: torch.Tensor | None = None
     up_bias_F: torch.Tensor | None = None
 
+    def scaled(self, factor: float) -> FeedForward:
+        """With a factor on what it gives, rounded to the type of the weights."""
+        if factor == 1:
+            return self
+        return self._replace(down_DF=(self.down_DF.float() * factor).to(self.down_DF.dtype))
+
     def part(self, start: int, stop: int) -> FeedForward:
         """The neurons from `start` up to `stop`."""
         one, two = (None if b is None else b[start:stop] for b in self[3:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from moesaic.construct.upcycle import upcycle
 from moesaic.core.errors import MoesaicError, UserError
 from moesaic.core.lineage import read_lineage
 from moesaic.models.checkpoint import Checkpoint
+from tests.construct.dense_family_models import FAMILIES, write_family
 from tests.construct.dense_models import write_dense, write_text_tokenizer
 from tests.helpers import assert_user_error, run_cli
 
@@ -76,6 +78,63 @@ def test_copies_and_virtual_groups_equal_the_dense_model(
     assert sum(p.numel() for p in model.parameters()) == record["parameters_total"]
     if not wanted.get("shared"):
         assert type(model).__name__.startswith("LlamaMoE" if layout == "llama_moe" else "Mixtral")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FAMILIES if kind != "llama"])
+@pytest.mark.parametrize("case", ["copies", "two shared", "groups, one shared"])
+def test_every_dense_family_is_upcycled_with_its_own_layers(
+    kind: str, case: str, tmp_path: Path
+) -> None:
+    dense = write_family(tmp_path / "dense", kind)
+    path = upcycle(dense, out=tmp_path / "moe", seed=3, **EXACT[case])
+    assert Checkpoint(path).config["model_type"] == "moesaic_moe"
+    torch.testing.assert_close(logits(path), logits(dense), atol=1e-4, rtol=0)
+    record = read_lineage(path)
+    assert record is not None
+    assert (record["exact"], record["difference_of"]) == (True, "logits")
+    model = load(path)
+    assert sum(p.numel() for p in model.parameters()) == record["parameters_total"]
+    # the routed experts are copies that routers choose among: other weights, another model
+    model.model.layers[0].mlp.experts.down_proj.data[0] += 1
+    ids = torch.arange(1, 61).view(2, 30)
+    with torch.inference_mode():
+        assert float((model(input_ids=ids).logits - logits(dense)).abs().max()) > 1e-3
+    by_layer = upcycle(dense, out=tmp_path / "l", seed=3, verify="layers", **EXACT[case])
+    assert read_lineage(by_layer)["exact"] is True
+    with pytest.raises(UserError, match="Use the layout moesaic_moe"):
+        upcycle(dense, out=tmp_path / "x", layout="llama_moe", **EXACT[case])
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "qwen3", "olmo2"])
+def test_other_families_are_joined_on_the_stream_they_really_have(
+    kind: str, tmp_path: Path
+) -> None:
+    """Routers are fitted on the joined model's own inputs: transformers' hooks see the same."""
+    models, texts = [], []
+    for number, words in enumerate((["red", "green"], ["one", "two"])):
+        models.append(write_family(tmp_path / f"dense{number}", kind, seed=number))
+        write_text_tokenizer(models[-1])
+        texts.append(tmp_path / f"{number}.jsonl")
+        lines = (json.dumps({"text": " ".join(words * 40)}) for _ in range(20))
+        texts[-1].write_text("\n".join(lines) + "\n")
+    method = {"method": "join", "tokens": 512, "context": 32}
+    path = upcycle(models, out=tmp_path / "moe", method=method, data=texts, top_k=1)
+    record = read_lineage(path)
+    assert record is not None
+    from moesaic.models.tokenizer import load_tokenizer
+
+    tokenizer, model = load_tokenizer(models[0]), load(path)
+    chosen: list[torch.Tensor] = []
+    for layer in model.model.layers:
+        layer.mlp.gate.register_forward_hook(lambda _, given, out: chosen.append(out.ids))
+    for number, text in enumerate(texts):
+        chosen.clear()
+        line = json.loads(text.read_text().splitlines()[0])["text"]
+        ids = tokenizer(line, return_tensors="pt")["input_ids"][:, :32]
+        with torch.inference_mode():
+            model(input_ids=ids)
+        shares = [float((layer == number).float().mean()) for layer in chosen]
+        assert shares == pytest.approx(record["own_text_first"], abs=0.2)
 
 
 @pytest.mark.parametrize("top_k", [2, 4, 6])
@@ -227,11 +286,18 @@ def test_join_takes_each_models_layers_and_the_mean_of_the_rest(
 
 def test_joining_a_model_with_itself_equals_it(family: dict[str, Any], tmp_path: Path) -> None:
     model = family["models"][0]
+    join_at_random = ("--method", "join", "--set", "router=random")
     for layout in ("llama_moe", "mixtral"):
         path = upcycle(
             [model] * 3, out=tmp_path / layout, method="join", data=family["texts"], layout=layout
         )
         torch.testing.assert_close(logits(path), logits(model), atol=1e-4, rtol=0)
+        assert read_lineage(path)["exact"] is True
+    copy = shutil.copytree(model, tmp_path / "copy")
+    shown = run_cli("upcycle", model, copy, "-o", tmp_path / "cli", *join_at_random)
+    assert "exact        yes: logits differ by" in shown.stdout, shown.stderr
+    shown = run_cli("upcycle", model, family["models"][1], "-o", tmp_path / "two", *join_at_random)
+    assert "exact        no: logits differ by" in shown.stdout, shown.stderr
 
 
 @pytest.mark.parametrize("router", ["ridge", "centroid"])

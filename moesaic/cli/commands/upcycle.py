@@ -15,7 +15,7 @@ PANEL = "Make"
 def command(
     models: Annotated[
         list[Path],
-        typer.Argument(help="Directory of a dense LLaMA or Mistral; join takes several."),
+        typer.Argument(help="Directory of a dense model; join takes several."),
     ],
     out: OutOption,
     method: Annotated[
@@ -31,8 +31,12 @@ def command(
     ] = 2,
     shared: Annotated[int, typer.Option(help="Always-on copies of the dense layer.")] = 0,
     layout: Annotated[
-        str, typer.Option(help="llama_moe, or mixtral: the layout that vLLM and llama.cpp load.")
-    ] = "llama_moe",
+        str | None,
+        typer.Option(
+            help="llama_moe, moesaic_moe (every dense family), or mixtral: the layout that vLLM "
+            "and llama.cpp load. By default llama_moe where it computes the same attention."
+        ),
+    ] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(help="join: each model's own text, once per model and in their order."),

@@ -18,6 +18,7 @@ import torch
 from pydantic import Field
 
 from moesaic.construct.activations import LayerStream, text_sample
+from moesaic.construct.dense import DenseModel
 from moesaic.construct.merged import check_alike
 from moesaic.construct.upcycle_method import UpcycleInputs, UpcycleMethod
 from moesaic.construct.upcycles import UPCYCLES
@@ -70,8 +71,9 @@ class Join(UpcycleMethod):
             )
 
     def exact(self, inputs: UpcycleInputs) -> bool:
-        """There is no single dense model to equal."""
-        return False
+        """Only where all models are one: otherwise there is no single dense model to equal."""
+        first, *others = inputs.sources
+        return all(_same(first, other) for other in others)
 
     def expert(self, inputs: UpcycleInputs, layer: int, expert: int, dense: Any) -> FeedForward:
         """The layer of model number `expert`."""
@@ -112,7 +114,7 @@ class Join(UpcycleMethod):
             right.append(float((logits_TE.argmax(1) == label_T)[held_T].float().mean()))
             yield router_ED
             out_TD = _mixture(inputs, layer, x_TD, logits_TE)
-            hidden_BCD = (residual_TD + out_TD).view_as(hidden_BCD)
+            hidden_BCD = stream.finish(module, residual_TD, out_TD).view_as(hidden_BCD)
         inputs.facts["own_text_first"] = [round(share, 4) for share in right]
 
     def _fit(self, x_TD: torch.Tensor, label_T: torch.Tensor, experts: int) -> torch.Tensor:
@@ -126,6 +128,13 @@ class Join(UpcycleMethod):
         gram_DD = x_TD.T @ x_TD / len(x_TD)
         gram_DD.diagonal().add_(self.ridge * float(gram_DD.diagonal().mean()))
         return torch.linalg.solve(gram_DD, x_TD.T @ target_TE / len(x_TD)).T.float()
+
+
+def _same(one: DenseModel, other: DenseModel) -> bool:
+    """Whether two models have the same weights; they are read up to the first that differs."""
+    return one.shapes == other.shapes and all(
+        torch.equal(one.read(name), other.read(name)) for name in one.shapes
+    )
 
 
 def _sharpness(logits_TE: torch.Tensor, label_T: torch.Tensor) -> float:
