@@ -25,7 +25,7 @@ from moesaic.construct.split import NeuronSplit, divide
 from moesaic.construct.splits import SPLITS
 from moesaic.core.errors import UserError
 
-__all__ = ["RouterChoice", "SplitChoice"]
+__all__ = ["RouterChoice", "SplitChoice", "router_network"]
 
 
 class SplitChoice:
@@ -79,6 +79,7 @@ class RouterChoice:
     def __init__(
         self, dense: DenseModel, recipe: Recipe, split: SplitChoice, *, selects: int
     ) -> None:
+        network = router_network(dense, recipe)
         self._fitter: CalibratedRouter | None = None
         self._layers: Iterator[dict[str, torch.Tensor]] | None = None
         self._growing = SimpleNamespace(
@@ -91,21 +92,13 @@ class RouterChoice:
         )
         path = made_before(recipe.router, ROUTERS.names())
         if path:
-            found = RouterInit.load(path)
-            check_router(found, dense, recipe.experts - recipe.shared)
-            _check_network(dense, found.gate)
-            self._layers = iter(found.layers)
+            self._layers = iter(RouterInit.load(path).layers)
             return
         router = resolve_router(recipe.router)
         if split.gates_LED is not None and router.key == "hidden-clusters":
             # the split made these gates, and its experts belong to them in this order
             self._layers = iter([{"weight": torch.from_numpy(gate)} for gate in split.gates_LED])
             return
-        network = router.networks[0]
-        one_matrix = dense.mixture == "moesaic_moe" or recipe.refine is not None
-        if one_matrix and "linear" in router.networks:
-            network = "linear"
-        _check_network(dense, network)
         if isinstance(router, CalibratedRouter):
             self._fitter = router
             return
@@ -132,13 +125,35 @@ class RouterChoice:
         return {name: weight.to(view.x_TD.device).float() for name, weight in router.items()}
 
 
-def _check_network(dense: DenseModel, network: Gate) -> None:
-    if dense.mixture == "moesaic_moe" and network != "linear":
-        raise UserError(
+def router_network(dense: DenseModel, recipe: Recipe) -> Gate:
+    """The network of a recipe's routers, one matrix where it has to be and can.
+
+    Raises UserError for a network that the mixture or the refining cannot have, and for a file of
+    another model.
+    """
+    path = made_before(recipe.router, ROUTERS.names())
+    if path:
+        found = RouterInit.load(path)
+        check_router(found, dense, recipe.experts - recipe.shared)
+        networks: tuple[Gate, ...] = (found.gate,)
+    else:
+        networks = resolve_router(recipe.router).networks
+    if dense.mixture == "moesaic_moe":
+        reason = (
             f"{dense.checkpoint.path} is a {dense.family.name} and becomes a moesaic_moe, which "
-            f"routes by one matrix; the router is of network {network}. Choose another router, "
-            "such as energy."
+            "routes by one matrix"
         )
+        cure = "Choose another router"
+    elif recipe.refine is not None:
+        reason = "refine: layerwise distils a router of one matrix"
+        cure = "Use refine: null, or another router"
+    else:
+        return networks[0]
+    if "linear" not in networks:
+        raise UserError(
+            f"{reason}; the router is of network {networks[0]}. {cure}, such as energy."
+        )
+    return "linear"
 
 
 def _together(division: NeuronSplit) -> NeuronSplit:

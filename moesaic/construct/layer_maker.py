@@ -303,11 +303,6 @@ class LayerMaker:
                 f"The experts hold {min(sizes)} to {max(sizes)} neurons; "
                 "refine: layerwise needs experts of one width. Use refine: null, or another split."
             )
-        if "weight" not in start.router:
-            raise UserError(
-                "refine: layerwise distils a router of one matrix. Use refine: null, or another "
-                "router, such as energy."
-            )
         settings = settings.on(self.stream.device)
         with torch.inference_mode(False), torch.enable_grad():
             block = self._block(view, made, start)

@@ -22,7 +22,7 @@ import torch
 
 from moesaic.construct.allot import Allotment, allot
 from moesaic.construct.calibration import calibration_rows
-from moesaic.construct.choices import SplitChoice
+from moesaic.construct.choices import SplitChoice, router_network
 from moesaic.construct.dense import DenseModel, open_dense
 from moesaic.construct.layer_maker import LayerMaker, MadeLayer
 from moesaic.construct.mixture_writer import MixtureWriter
@@ -196,6 +196,7 @@ def _make(
     weighting: Weighting = WEIGHTINGS.resolve(recipe.weighting)
     refit: Refit | None = None if recipe.refit is None else REFITS.resolve(recipe.refit)
     refine = refinement(recipe)
+    router_network(dense, recipe)  # refused before text is read
     ids_BC = calibration_rows(
         model,
         recipe.data,

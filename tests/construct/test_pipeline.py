@@ -241,6 +241,25 @@ def test_routers_of_either_network_are_one_matrix_where_only_that_goes(dense, tm
     assert list(made.layers[1].router) == ["weight"]
 
 
+def test_routers_that_do_not_go_are_refused_before_text_is_read(dense, tmp_path):
+    networks = {"representative": "glu"}
+    split = NeuronSplit.from_labels([np.arange(48) % 4] * 2, experts=4)
+    for gate in ("mlp", "linear"):
+        path = tmp_path / gate
+        make_router(dense / "model", split=split, out=path, gate=gate)
+        networks[str(path / "router.safetensors")] = gate
+    family = write_family(tmp_path / "family", "qwen3", num_hidden_layers=2, hidden_size=32)
+    for router, network in networks.items():
+        for model, refine, reason in (
+            (dense / "model", "layerwise", "refine: layerwise distils a router of one matrix"),
+            (family, None, "routes by one matrix"),
+        ):
+            asked = recipe(dense, router=router, refine=refine, data=None)
+            found = "No calibration text" if network == "linear" else f"{reason}.* {network}"
+            with pytest.raises(UserError, match=found):
+                run(model, asked)
+
+
 def test_text_is_read_from_the_beginnings_of_documents(dense, tmp_path):
     words = (dense / "text.txt").read_text().split()
     documents = ["fox " + " ".join(words[i : i + 40]) for i in range(0, len(words), 40)]
