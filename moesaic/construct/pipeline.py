@@ -36,6 +36,7 @@ from moesaic.construct.stages import (
     name_the_idle,
     name_the_uncovered,
     name_the_unrefined,
+    name_the_unweighted,
     stage_records,
 )
 from moesaic.construct.weighting import Weighting, layer_fields
@@ -254,6 +255,7 @@ def _make(
     name_the_idle(facts)
     name_the_uncovered(made.split())
     name_the_unrefined(facts)
+    name_the_unweighted(dense, recipe, selects)
     made.seconds |= {**maker.seconds, "construct": time.monotonic() - started}
     if recipe.held_out is not None:
         losses |= {stage: held_out(place, dense, recipe) for stage, place in places.items()}

@@ -12,8 +12,16 @@ from moesaic.construct.dense import DenseModel
 from moesaic.construct.recipe import Recipe, stage_names
 from moesaic.construct.split import NeuronSplit
 from moesaic.core.console import note
+from moesaic.models.selects import Selects
 
-__all__ = ["held_out", "name_the_idle", "name_the_uncovered", "name_the_unrefined", "stage_records"]
+__all__ = [
+    "held_out",
+    "name_the_idle",
+    "name_the_uncovered",
+    "name_the_unrefined",
+    "name_the_unweighted",
+    "stage_records",
+]
 
 _FLOAT32_BELOW = 2_000_000_000
 """Parameters up to which losses are measured in float32; larger models in their own type."""
@@ -99,6 +107,18 @@ def name_the_unrefined(facts: Sequence[Mapping[str, Any]]) -> None:
         note(
             f"refine: training did not help layer {', '.join(same)} on held-back text; "
             "there the refit's weights stay. More tokens or a lower learning_rate may help."
+        )
+
+
+def name_the_unweighted(dense: DenseModel, recipe: Recipe, selects: Selects) -> None:
+    """Say that routers of one expert learn nothing from the loss where its length is normed."""
+    fewest = selects if isinstance(selects, int) else min(selects)
+    normed = any("post_feedforward_layernorm" in name for name in dense.others(0))
+    if normed and fewest == 1 and not recipe.shared:
+        note(
+            f"{dense.family.name} has a norm behind the MLP, which undoes the weight of a lone "
+            "expert: the loss gives its router no gradient, only a balance loss does. "
+            "A higher top_k or a shared expert would."
         )
 
 

@@ -108,6 +108,34 @@ def test_the_router_learns_without_a_balance_loss(top_k, dense, tmp_path):
         assert not torch.equal(parameter, routers[name]), name
 
 
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text", "olmo2", "qwen3"])
+def test_a_norm_behind_the_mlp_takes_the_loss_from_a_lone_expert_s_router(
+    kind, dense, tmp_path, caplog
+):
+    path = write_family(tmp_path / "dense", kind)
+    write_text_tokenizer(path)
+    ids = torch.randint(0, 29, (4, 24), generator=torch.Generator().manual_seed(1))
+    for name, fields in {
+        "lone": {"top_k": 1},
+        "two": {"top_k": 2},
+        "shared": {"top_k": 2, "shared": 1},
+        "one": {"top_k": 1, "weighting": "one"},
+    }.items():
+        caplog.clear()
+        with caplog.at_level("INFO", logger="moesaic"):
+            run(path, recipe(dense, refit=None, attention=None, **fields), folder=tmp_path / name)
+        model = stage(tmp_path / name, "split").train()
+        routers = {n: p for n, p in model.named_parameters() if ".mlp.gate." in n}
+        with torch.no_grad():
+            for parameter in (p for n, p in routers.items() if not n.endswith("weight")):
+                parameter.fill_(0.1)  # weights other than the 1 of the conversion
+        model(ids, labels=ids, output_router_logits=False).loss.backward()
+        largest = max(float(p.grad.norm()) for n, p in routers.items() if n.endswith("weight"))
+        undone = kind != "qwen3" and fields["top_k"] == 1
+        assert largest < 1e-4 if undone else largest > 5e-3, (name, largest)
+        assert ("a lone expert" in caplog.text) == undone
+
+
 def test_distillation_brings_layers_nearer(dense, tmp_path):
     settings = {"method": "layerwise", "passes": 6, "batch": 128}
     made = run(dense / "model", recipe(dense, refine=settings), folder=tmp_path)
