@@ -6,7 +6,6 @@ construction, `data` and `tokens` or `steps` a training run.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, Literal
 
 from moesaic.construct.dense_families import FAMILIES, has_experts
 from moesaic.construct.free.view import CalibratedRouter, CalibratedSplit
+from moesaic.construct.method import check_division
 from moesaic.construct.recipe import Recipe, made_before, refinement
 from moesaic.construct.routers import ROUTERS
 from moesaic.construct.scratch import InitConfig, empty_model, model_config
@@ -303,11 +303,7 @@ def _mixture(shape: Any, recipe: Recipe) -> Any:
             f"experts={recipe.experts}, shared={recipe.shared} and top_k={recipe.top_k} do not go "
             "together: top_k counts shared experts and is more than they are."
         )
-    if shape.intermediate_size % recipe.experts:
-        raise UserError(
-            f"experts={recipe.experts} does not divide the {shape.intermediate_size} neurons of a "
-            f"layer. Use a divisor, such as {math.gcd(shape.intermediate_size, 64)}."
-        )
+    check_division(recipe.experts, shape.intermediate_size)
     width = shape.intermediate_size // recipe.experts
     if FAMILIES[shape.model_type].mixture(shape.to_dict()) == "moesaic_moe":
         config = MoesaicMoeConfig(
