@@ -75,6 +75,7 @@ def export_layout(
     checkpoint = Checkpoint(model)
     job = Relayout(checkpoint, view_of(checkpoint.config, name=str(model)), target, dtype)
     job.check()
+    unlike = target.not_in_llama_cpp(job.rule, tied=bool(job.view.text.get("tie_word_embeddings")))
     whole = checkpoint.parameters < FULL_BELOW
     worst = Difference(0.0, 0.0, 0.0)
     with output_directory(out, overwrite=overwrite) as partial:
@@ -110,7 +111,7 @@ def export_layout(
             typical_difference=typical,
             largest_value=largest,
             flattened=job.flattened,
-            llama_cpp=job.rule == target.llama_cpp,
+            llama_cpp=unlike is None,
             folded=[job.fold(layer) for layer in range(job.view.layers)],
             parameters_total=sum(math.prod(shape) for _, _, shape in job.plan()),
         )
@@ -127,13 +128,8 @@ def export_layout(
             "transformers' default experts implementation asks for widths that are a multiple of "
             '16 bytes: load it with experts_implementation="eager" or "moesaic"'
         )
-    if job.rule != target.llama_cpp:
-        known = (
-            f"always weighs {layout} by {target.llama_cpp}"
-            if target.llama_cpp
-            else f"has no {layout}"
-        )
-        note(f"for transformers and vLLM: llama.cpp {known}, this router weighs by {job.rule}")
+    if unlike is not None:
+        note(f"for transformers and vLLM: llama.cpp {unlike}")
     return out
 
 

@@ -59,6 +59,8 @@ class Layout:
     llama_cpp: Rule | None
     """The one rule that llama.cpp computes for it, whatever norm_topk_prob says; None: it has no
     such architecture. (Its src/models/*.cpp, as vendored by llama-cpp-python 0.3.36.)"""
+    llama_cpp_ties: bool = True
+    """Whether llama.cpp loads it without a head, taking the embeddings instead."""
     shared: Literal["none", "any", "sigmoid", "whole"] = "none"
     """Always-on part: none; of any width; any, behind a sigmoid; a multiple of the width."""
     window: Literal["no", "all", "layers"] = "no"
@@ -70,6 +72,18 @@ class Layout:
     router: str = "mlp.gate.weight"
     global_factor: bool = False
     """The config has a factor on the chosen experts' sum."""
+
+    def not_in_llama_cpp(self, rule: Rule, *, tied: bool) -> str | None:
+        """Say why llama.cpp computes something else, or nothing; None where it does the same."""
+        if self.llama_cpp is None:
+            return f"has no {self.model_type}"
+        if rule != self.llama_cpp:
+            return (
+                f"always weighs {self.model_type} by {self.llama_cpp}, this router weighs by {rule}"
+            )
+        if tied and not self.llama_cpp_ties:
+            return f"wants a head in a {self.model_type}, this one is tied to the embeddings"
+        return None
 
     def names(self, expert: int) -> tuple[str, str, str]:
         """Names of gate, up and down of an expert, after `layers.{i}.`."""
@@ -103,6 +117,7 @@ LAYOUTS: Mapping[str, Layout] = {
             attention=("llama", "biased qkv"),
             rules=("softmax", "renormalised"),
             llama_cpp="softmax",
+            llama_cpp_ties=False,
             shared="sigmoid",
             free_head=False,
         ),
@@ -127,6 +142,7 @@ LAYOUTS: Mapping[str, Layout] = {
             attention=(),
             rules=("softmax", "renormalised"),
             llama_cpp="softmax",
+            llama_cpp_ties=False,
             free_head=False,
         ),
         Layout(

@@ -208,8 +208,10 @@ class Relayout:
                 yield f"{start}{name}", torch.zeros_like(tensor) if self.zero_shared else tensor
         hidden, place = router.shape[1], router.device
         if layout.shared == "sigmoid":
-            zeros = torch.zeros(1, hidden, dtype=router.dtype, device=place)
-            yield f"{start}mlp.shared_expert_gate.weight", zeros
+            # llama.cpp computes the sigmoid of z as silu(z) / z, which is NaN for zero.
+            least = 2.0**-24 if router.dtype == torch.float16 else 2.0**-40
+            nearly = torch.full((1, hidden), least, dtype=router.dtype, device=place)
+            yield f"{start}mlp.shared_expert_gate.weight", nearly
         if layout.model_type == "deepseek_v3":
             zeros = torch.zeros(view.experts, device=place)
             yield f"{start}mlp.gate.e_score_correction_bias", zeros

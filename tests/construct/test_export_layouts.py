@@ -299,6 +299,41 @@ def test_large_models_are_compared_by_layers(
     assert record["exact"] is True
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shared", [0, 1])
+def test_a_shared_gate_is_one_half_in_llama_cpp_too(
+    shared: int, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """llama.cpp divides silu by its argument, in float32."""
+    moe = source(tmp_path, "llama", dtype=dtype, shared=shared, top_k=2 + shared)
+    out = export_layout(moe, out=tmp_path / "out", layout="qwen2_moe", tolerance=0.1)
+    x_TD = torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
+    for layer in range(3):
+        name = f"model.layers.{layer}.mlp.shared_expert_gate.weight"
+        gate_1D = Checkpoint(out).read(name).float()
+        logits = x_TD @ gate_1D.T
+        half = torch.nn.functional.silu(logits) / logits
+        torch.testing.assert_close(half, torch.full_like(half, 0.5), atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_where_llama_cpp_wants_a_head_a_tied_one_is_said(
+    tied: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dense = write_family(tmp_path / "dense", "llama", head_dim=8, tie_word_embeddings=tied)
+    moe = convert(dense, out=tmp_path / "moe", experts=3, top_k=2, gate="linear")
+    edit_config(moe, multiply_gate_scores=False)
+    options: dict[str, Any] = {"tolerance": 1e-2}
+    with caplog.at_level("INFO", logger="moesaic"):
+        for layout, loads in (("mixtral", True), ("qwen2_moe", not tied)):
+            record = read_lineage(
+                export_layout(moe, out=tmp_path / layout, layout=layout, **options)
+            )
+            assert record is not None
+            assert record["llama_cpp"] is loads
+    assert ("llama.cpp wants a head in a qwen2_moe" in caplog.text) is tied
+
+
 def test_the_command_says_what_was_written(tmp_path: Path) -> None:
     moe = source(tmp_path, "llama")
     result = run_cli("export", moe, "-o", tmp_path / "out", "--layout", "mixtral", "--json")
