@@ -259,6 +259,9 @@ class Relayout:
                 "first_k_dense_replace": 0,
                 "n_group": 1,
                 "topk_group": 1,
+                # transformers computes nothing else and drops the names; vLLM and llama.cpp ask
+                "scoring_func": "sigmoid",
+                "topk_method": "noaux_tc",
             }
         fields |= {**normed, "num_experts": view.experts, "use_sliding_window": False}
         fields |= {"decoder_sparse_step": 1, "mlp_only_layers": []}

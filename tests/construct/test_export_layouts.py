@@ -316,6 +316,14 @@ def test_a_shared_gate_is_one_half_in_llama_cpp_too(
         torch.testing.assert_close(half, torch.full_like(half, 0.5), atol=2e-6, rtol=0)
 
 
+def test_a_deepseek_v3_names_its_scores_for_other_programs(tmp_path: Path) -> None:
+    moe = source(tmp_path, "deepseek_v3")
+    out = export_layout(moe, out=tmp_path / "out", layout="deepseek_v3")
+    config = json.loads((out / "config.json").read_text())
+    assert (config["scoring_func"], config["topk_method"]) == ("sigmoid", "noaux_tc")
+    assert stock(out).config.num_experts_per_tok == 2
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_where_llama_cpp_wants_a_head_a_tied_one_is_said(
     tied: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
