@@ -69,11 +69,18 @@ _STATE_SPACE = re.compile(r"\.(mixer|mamba|ssm|time_mix|linear_attn)\.")
 _GATED = re.compile(r"\.mlp\.(gate_proj|gate_up_proj)\.weight$")
 
 
+def known_family(config: Mapping[str, Any]) -> DenseFamily | None:
+    """The family that a config is of, where experts can be made of it."""
+    kind = config.get("model_type")
+    known = FAMILIES.get(kind) if isinstance(kind, str) else None
+    return None if known is None or _routed(config) else known
+
+
 def family_of(checkpoint: Checkpoint) -> DenseFamily:
     """Return the family of a checkpoint. Raises UserError that says which anatomy is missing."""
+    if (known := known_family(checkpoint.config)) is not None:
+        return known
     kind = checkpoint.config.get("model_type")
-    if isinstance(kind, str) and kind in FAMILIES and not has_experts(checkpoint.config):
-        return FAMILIES[kind]
     hint = nearest(str(kind), tuple(FAMILIES)) if kind else ""
     raise UserError(
         f"{checkpoint.path} is a model of type {kind!r}, not a dense LLaMA or of its kind: "
@@ -220,7 +227,7 @@ class UnfusedCheckpoint(Checkpoint):
         super().release([self._halves.get(key, (key, 0))[0] for key in keys])
 
 
-def has_experts(config: Mapping[str, Any]) -> bool:
+def _routed(config: Mapping[str, Any]) -> bool:
     """Whether a DeepSeek-V3 has routed layers, as nearly all have."""
     dense = config.get("first_k_dense_replace", 3)
     return config.get("model_type") == "deepseek_v3" and dense < config["num_hidden_layers"]

@@ -121,32 +121,30 @@ def make_layout(
         return _mixtral(dense, division, selects=selects, scale=scale)
     zeros = torch.zeros(division.num_experts, dense.hidden)
     share = selects / (selects + shared)
+    each = (1 - share) / shared if shared else 1.0
     if name == "moesaic_moe":
         router = RouterInit([{"weight": zeros}] * layers, [None] * layers)
         generic = draw_moesaic(dense, division, router, selects=selects, scale=scale * share)
         # Weights must add up to a constant: DeepSeek-V3's sigmoids do not.
         generic.config.update(weighting="renormalised", routed_scaling_factor=scale * share)
-        return _Moesaic(generic, shared, 1 - share)
+        return _Moesaic(generic, shared, each, shared_fold=each)
     always = torch.zeros(shared, dense.hidden) if shared else None
     router = RouterInit([{"weight": zeros}] * layers, [always] * layers)
     blueprint = draw(
         dense, division, router, selects=selects, scale=scale * share, shared_scale=1 - share
     )
     blueprint.config["gate_add_noise"] = noise
-    return _LlamaMoE(blueprint, shared, 1 - share)
+    return _LlamaMoE(blueprint, shared, each)
 
 
 @dataclass(frozen=True)
 class _LlamaMoE:
     blueprint: Blueprint
     shared: int
-    share: float
-    """The weight of all shared experts together."""
+    each: float
+    """The weight of a shared expert."""
     fold: float = 1.0
-
-    @property
-    def shared_fold(self) -> float:
-        return 1.0
+    shared_fold: float = 1.0
 
     @property
     def config(self) -> dict[str, Any]:
@@ -159,7 +157,7 @@ class _LlamaMoE:
         return list(self.blueprint.expert_names(layer))
 
     def always(self, dense: FeedForward) -> list[tuple[FeedForward, float]]:
-        return [(dense, self.share / max(1, self.shared))] * self.shared
+        return [(dense, self.each)] * self.shared
 
     def router_tensors(self, layer: int, router_ED: torch.Tensor) -> dict[str, torch.Tensor]:
         # The blueprint's own are zeros: right for shared experts, which begin with equal weights.
@@ -178,10 +176,6 @@ class _LlamaMoE:
 @dataclass(frozen=True)
 class _Moesaic(_LlamaMoE):
     """Shared experts are one part there, and their weight is in its down projection."""
-
-    @property
-    def shared_fold(self) -> float:
-        return self.share / self.shared if self.shared else 1.0
 
     def always(self, dense: FeedForward) -> list[tuple[FeedForward, float]]:
         if not self.shared:
@@ -203,10 +197,7 @@ class _Mixtral:
     dense: DenseModel
     config: dict[str, Any]
     fold: float
-
-    @property
-    def shared_fold(self) -> float:
-        return 1.0
+    shared_fold: float = 1.0
 
     def renamed(self, name: str) -> str:
         inside = self.dense.prefix == "transformer." and name.startswith("transformer.")

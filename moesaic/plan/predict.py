@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from moesaic.construct.dense_families import FAMILIES, has_experts
+from moesaic.construct.dense_families import FAMILIES, DenseFamily, known_family
 from moesaic.construct.free.view import CalibratedRouter, CalibratedSplit
 from moesaic.construct.method import check_division
 from moesaic.construct.recipe import Recipe, made_before, refinement
@@ -192,12 +192,13 @@ def _construct(
         raise UserError(f"{what} names no model. Give one with --model.")
     dense, itemsize = _any_model(model)
     shape = dense.config
-    if shape.model_type not in FAMILIES or has_experts(shape.to_dict()):
+    family = known_family(shape.to_dict())
+    if family is None:
         raise UserError(
             f"{model} is of type {shape.model_type!r}, not a dense model that experts are made of. "
             f"Plan the construction of one of: {', '.join(sorted(FAMILIES))}."
         )
-    mixture = sizes(_mixture(shape, recipe))
+    mixture = sizes(_mixture(shape, family, recipe))
     attention = sum(
         parameter.numel()
         for name, parameter in dense.named_parameters()
@@ -287,7 +288,7 @@ def _refined(recipe: Recipe, machine: Machine) -> tuple[float, int, int | None, 
     return settings.passes, settings.batch, settings.ahead, settings.kl > 0
 
 
-def _mixture(shape: Any, recipe: Recipe) -> Any:
+def _mixture(shape: Any, family: DenseFamily, recipe: Recipe) -> Any:
     """The mixture that a dense model of this shape becomes, on the meta device."""
     from moesaic.models.families.moesaic_moe import MoesaicMoeConfig, MoesaicMoeForCausalLM
     from moesaic.models.llama_moe import LlamaMoEConfig, LlamaMoEForCausalLM
@@ -305,7 +306,7 @@ def _mixture(shape: Any, recipe: Recipe) -> Any:
         )
     check_division(recipe.experts, shape.intermediate_size)
     width = shape.intermediate_size // recipe.experts
-    if FAMILIES[shape.model_type].mixture(shape.to_dict()) == "moesaic_moe":
+    if family.mixture(shape.to_dict()) == "moesaic_moe":
         config = MoesaicMoeConfig(
             text_config=shape,
             num_experts=routed,

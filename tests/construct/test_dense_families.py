@@ -48,6 +48,12 @@ def test_all_experts_on_are_the_dense_model(kind: str, tmp_path: Path) -> None:
     assert float((logits(moe) - wanted).abs().max()) > 1e-3
 
 
+def whole(dense: Path, kind: str) -> Any:
+    """The dense model as transformers runs it."""
+    # transformers before 5.23 lets Gemma 2 run without the soft-capping of its scores
+    return moesaic.load(dense, **({"attn_implementation": "eager"} if kind == "gemma2" else {}))
+
+
 WINDOW = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
 
 
@@ -61,9 +67,7 @@ def test_the_stream_sees_what_the_model_sees(
     from moesaic.construct.activations import LayerStream
 
     dense = write_family(tmp_path / "dense", kind, **fields)
-    # transformers before 5.23 lets Gemma 2 run without the soft-capping of its scores
-    options = {"attn_implementation": "eager"} if kind == "gemma2" else {}
-    model: Any = moesaic.load(dense, **options)
+    model = whole(dense, kind)
     wanted: list[torch.Tensor] = []
     for layer in model.model.layers:
         layer.mlp.register_forward_hook(lambda _, given, out: wanted.append(given[0].flatten(0, 1)))
@@ -97,8 +101,7 @@ def test_hidden_features_and_their_importance_are_the_model_s(
     from moesaic.construct.hidden import hidden_layers
 
     dense = write_family(tmp_path / "dense", kind, **fields)
-    options = {"attn_implementation": "eager"} if kind == "gemma2" else {}
-    model: Any = moesaic.load(dense, **options)
+    model = whole(dense, kind)
     features: list[torch.Tensor] = []
     neurons: list[torch.Tensor] = []
 

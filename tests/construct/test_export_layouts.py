@@ -331,12 +331,10 @@ def test_where_llama_cpp_wants_a_head_a_tied_one_is_said(
     dense = write_family(tmp_path / "dense", "llama", head_dim=8, tie_word_embeddings=tied)
     moe = convert(dense, out=tmp_path / "moe", experts=3, top_k=2, gate="linear")
     edit_config(moe, multiply_gate_scores=False)
-    options: dict[str, Any] = {"tolerance": 1e-2}
     with caplog.at_level("INFO", logger="moesaic"):
         for layout, loads in (("mixtral", True), ("qwen2_moe", not tied)):
-            record = read_lineage(
-                export_layout(moe, out=tmp_path / layout, layout=layout, **options)
-            )
+            out = export_layout(moe, out=tmp_path / layout, layout=layout, tolerance=1e-2)
+            record = read_lineage(out)
             assert record is not None
             assert record["llama_cpp"] is loads
     assert ("llama.cpp wants a head in a qwen2_moe" in caplog.text) is tied
