@@ -185,7 +185,7 @@ def figure(plan: Plan, path: Path) -> bool:
     drawn = Figure(figsize=(4.4 * len(actives) + 2.2, 4.6), layout="constrained")
     points = [0, *plan.budgets]
     looks = _looks(plan.trained())
-    some: dict[str, Any] = {}
+    lines: dict[str, Any] = {}
     for place, top_k in enumerate(actives):
         axes = drawn.add_subplot(1, len(actives), place + 1)
         for method, look in looks.items():
@@ -195,7 +195,7 @@ def figure(plan: Plan, path: Path) -> bool:
             if len(known) < 2:
                 continue
             line = axes.plot(*zip(*known, strict=True), marker="o", markersize=3, **look)
-            some.setdefault(method, line[0])
+            lines.setdefault(method, line[0])
         axes.set_xticks(range(len(points)), [f"{b / 1e6:g} M" for b in points])
         axes.set_title(f"{top_k} of {plan.experts} experts active")
         axes.set_xlabel("tokens of continual pre-training")
@@ -204,10 +204,10 @@ def figure(plan: Plan, path: Path) -> bool:
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
         axes.grid(alpha=0.3, which="both")
-    if some:
-        drawn.legend(list(some.values()), list(some), loc="outside right upper", fontsize=8)
+    if lines:
+        drawn.legend(list(lines.values()), list(lines), loc="outside right upper", fontsize=8)
         drawn.savefig(path, metadata={"Date": None})
-    return bool(some)
+    return bool(lines)
 
 
 def _looks(methods: list[str]) -> dict[str, dict[str, Any]]:
